@@ -1,0 +1,72 @@
+"""The contract of a language model: hidden states, logits and a loss that never holds all logits are separate.
+
+B batch, T time (tokens), D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from sky_core.model.cache import Cache
+
+
+class LanguageModel(nn.Module, ABC):
+    """Predicts the next token. Base state-dict keys never change, whatever is attached from outside."""
+
+    vocab_size: int
+    max_length: int
+    n_layer: int
+
+    @abstractmethod
+    def hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        positions_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+        valid_BT: torch.Tensor | None = None,
+        prefix_B: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        collect: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states h_BTD after the final norm: what the head, embeddings and adapters read.
+
+        `positions_BT` (default 0..T-1, or after what the cache holds) feed the position encoding; `documents_BT`
+        keeps attention inside documents; `valid_BT` marks real tokens of right-padded rows; the first `prefix_B`
+        tokens of a row see each other (prefix LM); `cache` holds earlier tokens and takes these in. With `collect`,
+        the pass fills it: `hidden_states` (list of n_layer + 1 h_BTD: embeddings, then after each block),
+        `losses` (auxiliary losses by name, already added to `loss` parts by the caller), and `attention` (maps
+        a_BHTS per layer) when the key is present and the kernel gives them.
+        """
+
+    @abstractmethod
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """logits_BTV of hidden states."""
+
+    @abstractmethod
+    def nll(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Summed negative log-likelihood (nats, a scalar) of the targets, IGNORE left out.
+
+        Computed in chunks: the full logits_BTV are never held.
+        """
+
+    def forward(self, tokens_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+        """logits_BTV; options as for `hidden`."""
+        return self.logits(self.hidden(tokens_BT, **options))
+
+    @abstractmethod
+    def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
+        """Empty state for incremental decoding of up to `max_length` (default: the model's) tokens per row."""
+
+    def n_parameters(self) -> dict[str, int]:
+        """{"total", "embedding", "body"}: distinct parameters; embeddings are tables indexed by token or position,
+        an untied head counts as embedding."""
+        raise NotImplementedError
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Training FLOPs per token: 6 per matrix parameter used, plus attention's share at this length."""
+        raise NotImplementedError

@@ -1,0 +1,70 @@
+"""Who may attend to whom, declared once and lowered by each kernel to its own form.
+
+B batch, T queries, S keys. `Mask.dense` is the definition that every kernel is tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Query t may see key s when every rule that is set allows it (a prefix widens `causal`).
+
+    - `causal`: s is not after t.
+    - `window` W: t sees keys less than W away: causally the W last ones, itself included.
+    - `prefix_B`: the first prefix_B[b] tokens of row b are seen by the whole row (prefix LM).
+    - `documents_BS`: both belong to the same document; queries are the last T keys.
+    - `slots_BT`: index of each query in its row; None means that the T queries are the last of the S keys.
+    - `front` P: before all of these stand P further keys that every query sees (key/value prefixes, memories).
+    """
+
+    causal: bool = True
+    window: int | None = None
+    prefix_B: torch.Tensor | None = None
+    documents_BS: torch.Tensor | None = None
+    slots_BT: torch.Tensor | None = None
+    front: int = 0
+
+    def with_window(self, window: int) -> Mask:
+        """This mask with at most `window` keys per query, the query's own included."""
+        return replace(self, window=window if self.window is None else min(window, self.window))
+
+    def with_front(self, keys: int) -> Mask:
+        """This mask with `keys` more keys in front that every query sees."""
+        return replace(self, front=self.front + keys)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """True when nothing but `causal` applies."""
+        return (
+            self.causal
+            and self.window is None
+            and self.prefix_B is None
+            and self.documents_BS is None
+            and self.slots_BT is None
+            and self.front == 0
+        )
+
+    def dense(self, queries: int, keys: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The mask as booleans: (B, 1, T, S) or (1, 1, T, S), true where attention is allowed. `keys` counts front."""
+        s_S = torch.arange(keys - self.front, device=device)
+        if self.slots_BT is None:
+            t_BT = torch.arange(keys - self.front - queries, keys - self.front, device=device)[None]
+        else:
+            t_BT = self.slots_BT
+        t_BT1 = t_BT[:, :, None]
+        allowed_BTS = (s_S <= t_BT1) if self.causal else torch.ones_like(s_S <= t_BT1)
+        if self.prefix_B is not None:
+            allowed_BTS = allowed_BTS | (s_S < self.prefix_B[:, None, None])
+        if self.window is not None:
+            allowed_BTS = allowed_BTS & ((t_BT1 - s_S).abs() < self.window)
+        if self.documents_BS is not None:
+            mine_BT1 = self.documents_BS[:, -queries:, None]
+            allowed_BTS = allowed_BTS & (mine_BT1 == self.documents_BS[:, None, :])
+        if self.front:
+            allowed_BTS = torch.nn.functional.pad(allowed_BTS, (self.front, 0), value=True)
+        return allowed_BTS[:, None]
