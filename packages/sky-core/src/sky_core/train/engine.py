@@ -1,66 +1,173 @@
-"""The contract of an engine: who owns devices, precision, gradients and the way state is gathered."""
+"""Engines: who owns devices, precision, gradients and the way state is gathered; and the local one.
+
+The trainer hands over one module, `Step`, whose forward is a whole micro-batch (model and objective together): what
+DDP, FSDP and DeepSpeed wrap. State goes in and out by parameter name as full tensors, so a checkpoint does not depend
+on the engine that wrote it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sky_core.errors import CheckpointError
+from sky_core.train.objective import Loss, Objective
+
+if TYPE_CHECKING:
+    from sky_core.data.dataset import Batch
+    from sky_core.model.language_model import LanguageModel
+
+
+class Step(nn.Module):
+    """Model and objective as one module. Names in its state dict start with `model.` and `objective.`."""
+
+    def __init__(self, model: LanguageModel, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> Loss:
+        loss: Loss = self.objective(self.model, batch)
+        return loss
+
 
 class Engine(ABC):
-    """Everything about a step that depends on where and on how many processes it runs.
+    """Everything about a step that depends on where, and on how many processes, it runs.
 
-    The trainer calls `prepare` once, then per step `backward` for each micro-batch and `update` at the end. State
-    goes in and out by parameter name as full (gathered) tensors, so a checkpoint does not depend on the engine.
+    The trainer calls `prepare` once; then, per step, the prepared step and `backward` for each micro-batch, `clip`
+    and `update`.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device
     precision: str
-    """"fp32" or "bf16": what the forward pass computes in. Parameters and optimizer state stay fp32."""
+    """fp32 or bf16: what the forward pass computes in. Parameters and optimizer state stay fp32."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @abstractmethod
-    def prepare(
-        self, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], *, compile: bool
-    ) -> dict[str, nn.Module]:
-        """Take charge of the modules ("model", "objective") and optimizers; returns the modules to call."""
+    def setup(self, precision: str, *, compile: bool) -> None:
+        """Join the other processes, choose the device and the precision ("auto", "fp32", "bf16"), say so in the log."""
+
+    @abstractmethod
+    def prepare(self, step: Step, optimizers: list[torch.optim.Optimizer]) -> Callable[[Batch], Loss]:
+        """Take charge of the step (already on `device`) and its optimizers; returns what to call for a micro-batch."""
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which forward passes run."""
+        """The context of forward passes outside of the prepared step (evaluation)."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients of an already normalised loss; `last` marks the step's last micro-batch."""
+        """Accumulate gradients of a loss that is already normalised; `last` marks the step's last micro-batch."""
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> torch.Tensor:
-        """Scale gradients to at most `max_norm`; returns the global norm before clipping (a scalar tensor)."""
+        """Scale gradients to at most `max_norm` (None: leave them); returns their global norm before that."""
 
     @abstractmethod
     def update(self, *, skip: bool) -> None:
-        """One optimizer step (none when `skip`), then clear the gradients."""
+        """One optimizer step, none when `skip`; then clear the gradients."""
 
     @abstractmethod
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes."""
 
     @abstractmethod
-    def model_state(self) -> dict[str, torch.Tensor]:
-        """Full parameters and buffers of the model by name, on the main process (others may return nothing)."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """Full state dict of the step on the main process."""
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Full optimizer state as `<parameter name>/<key>` tensors, on the main process."""
+        """Full optimizer state on the main process, as `<parameter name>/<key>`."""
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of `optimizer_state`. Raises `CheckpointError` when names or shapes differ."""
+
+
+class LocalEngine(Engine):
+    """One process, one device: CUDA where there is one, else the CPU."""
+
+    def setup(self, precision: str, *, compile: bool) -> None:
+        from sky_core.train.precision import resolve_precision
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.precision = resolve_precision(precision, self.device)
+        self.compile = compile
+
+    def prepare(self, step: Step, optimizers: list[torch.optim.Optimizer]) -> Callable[[Batch], Loss]:
+        self.step = step
+        self.optimizers = optimizers
+        self.trained = [parameter for group in self._groups() for parameter in group["params"]]
+        if self.compile:
+            step.model.compile_layers()
+
+        def forward(batch: Batch) -> Loss:
+            with self.autocast():
+                loss: Loss = step(batch)
+            return loss
+
+        return forward
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.trained, float("inf") if max_norm is None else max_norm)
+
+    def update(self, *, skip: bool) -> None:
+        for optimizer in self.optimizers:
+            if not skip:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.step.state_dict()
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        names = {parameter: name for name, parameter in self.step.named_parameters()}
+        return {
+            f"{names[parameter]}/{key}": value
+            for optimizer in self.optimizers
+            for parameter, entries in optimizer.state.items()
+            for key, value in entries.items()
+        }
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.step.named_parameters())
+        owner = {
+            parameter: (optimizer, group)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for path, tensor in state.items():
+            name, _, key = path.rpartition("/")
+            parameter = parameters.get(name)
+            if parameter is None or parameter not in owner:
+                raise CheckpointError(f"optimizer state of {name!r} has no trained parameter here; was the model changed?")
+            if tensor.ndim and tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"optimizer state {path!r} has shape {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}"
+                )
+            optimizer, group = owner[parameter]
+            on_device = tensor.ndim > 0 or group.get("fused") or group.get("capturable")
+            optimizer.state[parameter][key] = tensor.to(parameter.device if on_device else "cpu", copy=True)

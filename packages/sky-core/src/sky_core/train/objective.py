@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -45,3 +45,20 @@ class Objective(nn.Module):
 
     def forward(self, model: LanguageModel, batch: Batch) -> Loss:
         raise NotImplementedError
+
+
+class NextToken(Objective):
+    """Next-token prediction: the summed negative log-likelihood of the targets.
+
+    Auxiliary losses that layers report (means over tokens) are added at the weight of the batch's tokens.
+    """
+
+    def forward(self, model: LanguageModel, batch: Batch) -> Loss:
+        collect: dict[str, Any] = {}
+        hidden_BTD = model.hidden(
+            batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT, collect=collect
+        )
+        nll = model.nll(hidden_BTD, batch.targets_BT)
+        losses = {name: value * self.weight(batch) for name, value in collect.get("losses", {}).items()}
+        total = nll + sum(losses.values()) if losses else nll
+        return Loss(total, {"nll": nll.detach()} | {name: value.detach() for name, value in losses.items()})

@@ -1,0 +1,90 @@
+"""Core's objectives, engines, trainers and callbacks as run-file options. Torch-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sky_core import slots
+from sky_core.component import Slot
+
+if TYPE_CHECKING:
+    from sky_core.config import Run
+    from sky_core.run_directory import RunDirectory
+    from sky_core.tokenizer.base import Tokenizer
+    from sky_core.train.callbacks import EarlyStop as BuiltEarlyStop
+    from sky_core.train.engine import LocalEngine
+    from sky_core.train.objective import NextToken as BuiltNextToken
+    from sky_core.train.trainer import Trainer
+
+
+class NextToken(slots.Objective):
+    """Predict the next token: the negative log-likelihood of every target, in nats."""
+
+    kind: ClassVar = "next_token"
+    paper: ClassVar = "Shannon 1951, Prediction and Entropy of Printed English"
+
+    def build(self, run: Run, tokenizer: Tokenizer) -> BuiltNextToken:
+        from sky_core.train.objective import NextToken as Built
+
+        return Built()
+
+
+class Local(slots.Engine):
+    """One process on one device: CUDA where there is one, else the CPU."""
+
+    kind: ClassVar = "local"
+
+    def build(self) -> LocalEngine:
+        from sky_core.train.engine import LocalEngine
+
+        return LocalEngine()
+
+
+class Fit(slots.Trainer):
+    """Gradient descent for a number of steps, with evaluation, samples, checkpoints and exact resume."""
+
+    kind: ClassVar = "fit"
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")]
+    batch_tokens: Annotated[int, Field(ge=1, description="tokens per step, over all micro-batches and processes")]
+    micro_batch: Annotated[
+        int | None, Field(ge=1, description="sequences per forward pass and process; null: all of a step at once")
+    ] = None
+    clip: Annotated[float | None, Field(gt=0, description="largest global gradient norm; null: no clipping")] = 1.0
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Field(description="what forward and backward compute in; auto: bf16 where the processor multiplies it natively"),
+    ] = "auto"
+    compile: Annotated[bool, Field(description="compile every layer with torch.compile")] = False
+    activation_checkpointing: Annotated[
+        bool, Field(description="recompute each block in the backward pass instead of keeping its activations")
+    ] = False
+    ema: Annotated[
+        float | None, Field(gt=0, lt=1, description="decay of an average of the weights, which is then what is evaluated")
+    ] = None
+    max_skipped: Annotated[int, Field(ge=1, description="non-finite steps in a row after which the run has diverged")] = 10
+    max_minutes: Annotated[float | None, Field(gt=0, description="stop (saved, resumable) after this long")] = None
+    dry_run: Annotated[bool, Field(description="try one micro-batch first, to find out-of-memory at once")] = True
+    engine: Annotated[Slot[slots.Engine], Field(description="where, and on how many processes, steps run")] = Field(
+        default="local", validate_default=True
+    )
+
+    def build(self, run: Run, directory: RunDirectory) -> Trainer:
+        from sky_core.train.trainer import Trainer
+
+        return Trainer(self, run, directory)
+
+
+class EarlyStop(slots.Callback):
+    """Stop when the validation loss has not fallen for some evaluations."""
+
+    kind: ClassVar = "early_stop"
+    paper: ClassVar = "Prechelt 1998, Early Stopping - But When?"
+    patience: Annotated[int, Field(ge=1, description="evaluations without a new best before the run stops")] = 3
+    min_delta: Annotated[float, Field(ge=0, description="nats by which a new best must be lower")] = 0.0
+
+    def build(self, trainer: Any) -> BuiltEarlyStop:
+        from sky_core.train.callbacks import EarlyStop as Built
+
+        return Built(trainer, self.patience, self.min_delta)

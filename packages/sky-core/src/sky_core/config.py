@@ -1,0 +1,255 @@
+"""Run files: the schema of a run, how a file is read (extends, overrides, plugins), and how its errors are told.
+
+All problems of a file are reported at once, each with its place, its path, the value and the nearest right word.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from sky_core import slots
+from sky_core.component import Component, Schema, Slot, _Slot, closest
+from sky_core.errors import ConfigError
+from sky_core.plugins import load_plugins, loaded_plugins
+from sky_core.yaml_file import Lines, parse_value, read_yaml
+
+
+class EvalSection(Schema):
+    """When the model is measured, and how."""
+
+    every: Annotated[int | None, Field(ge=1, description="steps between evaluations; null: only at the end")] = None
+    tasks: Annotated[list[Slot[slots.Eval]], Field(description="what is measured")] = Field(
+        default=["loss"], validate_default=True
+    )
+
+
+class CheckpointSection(Schema):
+    """When the run is saved, and which checkpoints stay."""
+
+    every: Annotated[int | None, Field(ge=1, description="steps between checkpoints; null: only at the end")] = None
+    keep_last: Annotated[int, Field(ge=1, description="newest checkpoints that stay")] = 2
+    keep_best: Annotated[bool, Field(description="also keep the one with the lowest validation loss")] = True
+
+
+class LogSection(Schema):
+    """What is written while training."""
+
+    every: Annotated[int, Field(ge=1, description="steps between metric lines")] = 10
+    tensorboard: Annotated[bool, Field(description="also write TensorBoard files (extra: tensorboard)")] = False
+
+
+class SampleSection(Schema):
+    """Text sampled while training, to see the model learn."""
+
+    every: Annotated[int | None, Field(ge=1, description="steps between samples; null: none")] = None
+    prompts: Annotated[list[str], Field(min_length=1, description="one sample for each")] = ["\n"]
+    max_new_tokens: Annotated[int, Field(ge=1, description="tokens sampled for each prompt")] = 100
+    sampler: Annotated[Slot[slots.Sampler], Field(description="how the next token is chosen")] = Field(
+        default="sample", validate_default=True
+    )
+
+
+class Run(Schema):
+    """A run file. Plugins may add top-level tables of their own (sections)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="part of the run directory's name")] = "run"
+    seed: Annotated[int, Field(ge=0, description="the run's only source of randomness")] = 1337
+    out: Annotated[str, Field(description="folder that run directories are made in")] = "runs"
+    tags: Annotated[list[str], Field(description="words to find the run by")] = []
+    plugins: Annotated[
+        list[str] | None, Field(description="plugins to load (names, `name>=1.0`, ./file.py); null: all installed")
+    ] = None
+    model: Annotated[Slot[slots.Model, "decoder"], Field(description="the architecture")] = Field(
+        default={}, validate_default=True
+    )
+    init: Annotated[str | None, Field(description="start from the weights of this run or folder")] = None
+    adapters: Annotated[list[Slot[slots.Adapter]], Field(description="changes attached to the model")] = []
+    tokenizer: Annotated[
+        Slot[slots.Tokenizer] | None, Field(description="null: the one that the data was made with")
+    ] = None
+    data: Annotated[Slot[slots.Dataset], Field(description="where sequences come from")]
+    objective: Annotated[Slot[slots.Objective], Field(description="the loss")] = Field(
+        default="next_token", validate_default=True
+    )
+    optimizer: Annotated[Slot[slots.Optimizer], Field(description="how parameters move")] = Field(
+        default="adamw", validate_default=True
+    )
+    schedule: Annotated[Slot[slots.Schedule], Field(description="the learning rate over the steps")] = Field(
+        default="cosine", validate_default=True
+    )
+    train: Annotated[Slot[slots.Trainer, "fit"], Field(description="the training loop")]
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    sample: SampleSection = Field(default={}, validate_default=True)
+    callbacks: Annotated[list[Slot[slots.Callback]], Field(description="further observers of the run")] = []
+
+    def section(self, kind: str) -> Any:
+        """A plugin's own table, None when the run file has none."""
+        return getattr(self, kind, None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved run: reading it again gives the same run."""
+        return self.model_dump()
+
+
+def run_schema() -> type[Run]:
+    """`Run` with the sections of the loaded plugins."""
+    sections = loaded_plugins().catalog["section"]
+    fields: dict[str, Any] = {kind: (section | None, None) for kind, section in sections.items()}
+    return create_model("Run", __base__=Run, __doc__=Run.__doc__, **fields) if fields else Run
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of run files with everything the loaded plugins offer, for editors."""
+    schema = run_schema().model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["extends"] = {"type": "string", "description": "a run file that this one changes"}
+    return schema
+
+
+def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read, merge, override and validate a run file; loads the plugins it asks for.
+
+    `overrides` are `dotted.path=value` strings. Raises `ConfigError` with every problem, or `PluginError`.
+    """
+    path = Path(path)
+    data, lines = _read_extended(path, ())
+    for override in overrides:
+        _apply(data, override, lines)
+    return parse_run(data, lines, base=path.parent)
+
+
+def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | None = None) -> Run:
+    """Validate a run given as a mapping; `lines` places the errors, `base` is where loose plugin files are sought."""
+    plugins = data.get("plugins")
+    if plugins is not None and not (isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)):
+        raise ConfigError(f"plugins: a list of names is needed, got {plugins!r}")
+    loaded = load_plugins(plugins, base)
+    schema = run_schema()
+    try:
+        run = schema.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_problems(error, schema, data, lines or {})) from None
+    loaded.hook.sky_configured(run=run)
+    return run
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    data, lines = read_yaml(path)
+    base = data.pop("extends", None)
+    if base is None:
+        return data, lines
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: a path is needed, got {base!r}")
+    below, below_lines = _read_extended(path.parent / base, (*seen, path.resolve()))
+    return merge(below, data), below_lines | lines
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`: mappings merge key by key, but one of another `kind` replaces the whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        old = {"kind": old} if isinstance(old, str) and isinstance(value, Mapping) and "kind" not in value else old
+        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if same_kind and ("kind" not in value or value["kind"] == old.get("kind")):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str, lines: Lines) -> None:
+    """Set `dotted.path=value` in place."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r}: an override is written key=value, as in model.n_layer=6")
+    keys: list[str | int] = [int(part) if part.isdigit() else part for part in path.split(".")]
+    value = parse_value(text)
+    node: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key) if isinstance(node, dict) else node[key] if _has(node, key) else None
+        if child is None or isinstance(child, str):
+            child = {} if child is None else {"kind": child}
+            _set(node, key, child, override)
+        if not isinstance(child, dict | list):
+            raise ConfigError(f"{override!r}: {'.'.join(map(str, keys[: depth + 1]))} is {child!r}, it has no keys")
+        node = child
+    _set(node, keys[-1], value, override)
+    lines[tuple(keys)] = "command line"
+
+
+def _has(node: Any, key: str | int) -> bool:
+    return isinstance(node, list) and isinstance(key, int) and key < len(node)
+
+
+def _set(node: Any, key: str | int, value: Any, override: str) -> None:
+    if isinstance(node, list) and not _has(node, key):
+        raise ConfigError(f"{override!r}: the list has {len(node)} entries, there is no {key!r} (they count from 0)")
+    old = node.get(key) if isinstance(node, dict) else None
+    merges = isinstance(old, dict) and isinstance(value, dict)
+    node[key] = merge(old, value) if merges else value
+
+
+def _problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
+    found = []
+    for detail in error.errors():
+        place = next((lines[detail["loc"][:n]] for n in range(len(detail["loc"]), 0, -1) if detail["loc"][:n] in lines), "")
+        path = ".".join(str(part) for part in detail["loc"])
+        line = f"{path}: {_explain(detail, schema, data)}" if path else _explain(detail, schema, data)
+        found.append((list(lines).index(detail["loc"]) if detail["loc"] in lines else len(lines), place, line))
+    return [f"{place}: {line}" if place else line for _, place, line in sorted(found, key=lambda item: item[0])]
+
+
+def _explain(detail: ErrorDetails, schema: type[Schema], data: Any) -> str:
+    if detail["type"] == "extra_forbidden":
+        keys = _keys_at(detail["loc"][:-1], schema, data)
+        near = closest(str(detail["loc"][-1]), keys)
+        return f"unknown key{near or '; keys here: ' + (', '.join(keys) or 'none')}"
+    if detail["type"] == "missing":
+        return "this key is needed"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("value_error", "unknown_kind", "slot", "no_kind"):
+        return message
+    return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -> list[str]:
+    """The keys allowed in the table at `location`, found by walking schema and data together."""
+    current: type[Schema] | None = schema
+    slot: _Slot | None = None
+    for part in location:
+        data = data[part] if isinstance(data, list) and isinstance(part, int) else (
+            data.get(part) if isinstance(data, dict) else data
+        )
+        if isinstance(part, str) and current is not None:
+            field = current.model_fields.get(part)
+            slot = _find(field.annotation, field.metadata) if field else None
+            current = field.annotation if field and isinstance(field.annotation, type) else None
+        if slot is not None:
+            kind = data if isinstance(data, str) else data.get("kind", slot.default_kind) if isinstance(data, dict) else None
+            current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
+    if current is None or not issubclass(current, Schema):
+        return []
+    return [*(["kind"] if issubclass(current, Component) and slot else []), *current.model_fields]
+
+
+def _find(annotation: Any, metadata: Iterable[Any] = ()) -> _Slot | None:
+    """The slot in a field's annotation, however deep (`list[Slot[...]]`, `Slot[...] | None`)."""
+    for item in metadata:
+        if isinstance(item, _Slot):
+            return item
+    for argument in get_args(annotation):
+        found = argument if isinstance(argument, _Slot) else _find(argument, getattr(argument, "__metadata__", ()))
+        if found is not None:
+            return found
+    return None
