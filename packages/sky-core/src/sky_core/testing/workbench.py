@@ -1,0 +1,262 @@
+"""What the contracts build their parts with: small specs, passes over one layer, a tiny tokenizer, model and dataset.
+
+B batch, T time (tokens of a pass), S keys, D model width, H query heads, G key/value heads, E and F widths of a head,
+P prefix length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sky_core.component import Component, active_catalog
+from sky_core.data.dataset import IGNORE, Batch, Dataset
+from sky_core.model.cache import Cache
+from sky_core.model.context import Context
+from sky_core.model.mask import Mask
+from sky_core.slots import AttentionSpec, LayerSpec
+
+if TYPE_CHECKING:
+    from sky_core.config import Run
+    from sky_core.model.language_model import LanguageModel
+    from sky_core.tokenizer.base import Tokenizer
+
+LAYER, LAYERS = 1, 3
+"""Parts of a layer are built for the middle one of three, so that a part that forgets its index is noticed."""
+
+TEXT = "the cat sat on the mat and the dog sat on the log; a cat and a dog, a mat and a log. "
+
+
+def component(slot: str, kind: str, **options: Any) -> Component:
+    """The component that a run file would get with `{kind: kind, **options}`."""
+    return active_catalog()[slot][kind].model_validate(options)
+
+
+def dense_kernel(
+    q_BHTE: torch.Tensor,
+    k_BGSE: torch.Tensor,
+    v_BGSF: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """softmax(scale QKᵀ + mask) V written down: the oracle of kernels, and the kernel that layers are tested with."""
+    repeats = q_BHTE.shape[1] // k_BGSE.shape[1]
+    k_BHSE, v_BHSF = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSE, v_BGSF))
+    scores_BHTS = q_BHTE @ k_BHSE.mT * (scale if scale is not None else q_BHTE.shape[-1] ** -0.5)
+    allowed = mask.dense(q_BHTE.shape[2], k_BGSE.shape[2], q_BHTE.device)
+    weights_BHTS = scores_BHTS.masked_fill(~allowed, -math.inf).softmax(dim=-1)
+    return nn.functional.dropout(weights_BHTS, dropout) @ v_BHSF
+
+
+def layer_spec(**changes: Any) -> LayerSpec:
+    """A layer of width 32 with 4 heads of 8 over 2 key/value heads."""
+    return LayerSpec(**(_SPEC | changes))
+
+
+def attention_spec(position: nn.Module, **changes: Any) -> AttentionSpec:
+    """`layer_spec` for an attention layer with that position encoding and the dense kernel."""
+    return AttentionSpec(**({**_SPEC, "position": position, "kernel": dense_kernel, "qk_norm": None} | changes))
+
+
+_SPEC: dict[str, Any] = {
+    "d_model": 32,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "head_dim": 8,
+    "layer": LAYER,
+    "n_layer": LAYERS,
+    "max_length": 32,
+    "dropout": 0.0,
+    "bias": True,
+    "initializer_range": 0.3,
+    "norm": nn.RMSNorm,
+}
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """`module` in evaluation mode with noise on every parameter: gains of 1 and biases of 0 would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Feed:
+    """Feeds one layer of a model: whole sequences when `cached` is false, else piece after piece with its state.
+
+    `slot` is "layers" for attention and "memories" for a memory; `ctx` is the context of the last pass.
+    """
+
+    def __init__(self, layer: nn.Module, batch: int, *, cached: bool = True, slot: str = "layers", **options: Any):
+        self.layer = layer
+        self.batch = batch
+        self.options = options
+        self.cache: Cache | None = None
+        if cached:
+            states: dict[str, list[Any]] = {"layers": [None] * LAYERS, "memories": [None] * LAYERS}
+            states[slot][LAYER] = layer.new_cache(batch, 32, torch.device("cpu"), torch.float32)  # type: ignore[operator]
+            self.cache = Cache([0] * batch, 32, **states)
+
+    def __call__(self, x_BTD: torch.Tensor, counts: list[int] | None = None, **options: Any) -> torch.Tensor:
+        """y_BTD; `counts` are the real tokens of each row where rows are padded on the right."""
+        tokens = x_BTD.shape[1]
+        self.ctx = context(self.batch, tokens, cache=self.cache, counts=counts, **(self.options | options))
+        y_BTD = self.layer(x_BTD, self.ctx)
+        if self.cache is not None:
+            self.cache.advance(counts or [tokens] * self.batch)
+        return y_BTD
+
+
+def context(
+    batch: int,
+    tokens: int,
+    *,
+    cache: Cache | None = None,
+    counts: list[int] | None = None,
+    documents_BT: torch.Tensor | None = None,
+    prefix_B: torch.Tensor | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    causal: bool = True,
+) -> Context:
+    """The context that a model would make for `tokens` more tokens of each row after what `cache` holds."""
+    lengths = cache.lengths if cache is not None else [0] * batch
+    aligned = len(set(lengths)) == 1
+    slots_BT = torch.tensor(lengths)[:, None] + torch.arange(tokens)
+    valid_BT = None if counts is None else torch.arange(tokens) < torch.tensor(counts)[:, None]
+    mask = Mask(
+        causal=causal,
+        prefix_B=prefix_B,
+        documents_BS=documents_BT,
+        slots_BT=None if aligned else slots_BT,
+    )
+    return Context(
+        positions_BT=slots_BT,
+        mask=mask,
+        end=max(lengths) + tokens,
+        aligned=aligned,
+        slots_BT=None if aligned else slots_BT,
+        valid_BT=valid_BT,
+        cache=cache,
+        prefixes={} if prefix is None else {LAYER: prefix},
+    )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to `tolerance` relative to the largest value (fp32 sums of about a hundred terms stay below 1e-5)."""
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def assert_every_parameter_learns(module: nn.Module, total: torch.Tensor) -> None:
+    """After `total.backward()` every trainable parameter has a finite gradient."""
+    total.backward()
+    bad = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all())
+    ]
+    assert not bad, f"no finite gradient reaches {bad}"
+
+
+def assert_compiles(module: nn.Module, *arguments: Any, tolerance: float = 1e-5) -> None:
+    """`module` compiles into one graph (no break) that computes what the module computes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert_close(compiled(*arguments), module(*arguments), tolerance)
+
+
+@contextmanager
+def generators_untouched() -> Iterator[None]:
+    """Fails when the block draws from a global random generator (torch, Python, numpy)."""
+    import random
+
+    import numpy as np
+
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+
+    before = states()
+    yield
+    assert states() == before, "a global random generator was drawn from or seeded"
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state dict, to compare with later."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_weights(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Same names, same bits."""
+    actual = module.state_dict()
+    assert actual.keys() == expected.keys()
+    changed = [name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])]
+    assert not changed, f"changed: {changed}"
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Bytes: every text, nothing to learn."""
+    return component("tokenizer", "byte").train([])  # type: ignore[attr-defined]
+
+
+def tiny_model(vocab_size: int, seed: int = 0, **options: Any) -> LanguageModel:
+    """A decoder of two layers of width 16 for sequences up to 64 tokens, seeded, in evaluation mode."""
+    options = {"n_layer": 2, "n_head": 2, "d_model": 16, "max_length": 64, "dropout": 0.0} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return component("model", "decoder", **options).build(vocab_size).eval()  # type: ignore[attr-defined]
+
+
+def tiny_run(**tables: Any) -> Run:
+    """A run of three steps over `tables`; nothing it names exists, so build its model and data yourself."""
+    from sky_core.config import parse_run
+
+    return parse_run({"train": {"steps": 3}, "data": {"kind": "tokens", "path": "nowhere"}, "plugins": []} | tables)
+
+
+class TinyDataset(Dataset):
+    """`TEXT` over and over, cut into sequences, shuffled by epoch; the last two sequences are the validation split."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int = 16, sequences: int = 16, seed: int = 0) -> None:
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.seed = seed
+        stream = torch.tensor(tokenizer.encode(TEXT * (1 + sequences * sequence_length // len(TEXT))))
+        self.rows = stream[: (sequences + 2) * sequence_length].view(-1, sequence_length)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"tiny-{self.tokenizer.fingerprint}-{len(self)}-{self.sequence_length}-{self.seed}"
+
+    def __len__(self) -> int:
+        return len(self.rows) - 2
+
+    def batch(self, start: int, count: int) -> Batch:
+        return self._batch([self._order(i // len(self))[i % len(self)] for i in range(start, start + count)])
+
+    def validation(self, batch_size: int) -> Iterator[Batch]:
+        for start in range(len(self), len(self.rows), batch_size):
+            yield self._batch(list(range(start, min(start + batch_size, len(self.rows)))))
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self), generator=generator).tolist()
+
+    def _batch(self, indices: list[int]) -> Batch:
+        tokens_BT = self.rows[indices]
+        targets_BT = torch.full_like(tokens_BT, IGNORE)
+        targets_BT[:, :-1] = tokens_BT[:, 1:]
+        return Batch(tokens_BT, targets_BT)
+
+
