@@ -59,9 +59,7 @@ class KVCache(LayerCache):
             torch.zeros(batch, heads, slots, v_dim, device=device, dtype=dtype),
         )
 
-    def update(
-        self, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, ctx: Context
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new keys and values to their slots; returns all keys and values up to the longest row's end."""
         length = k_BHTE.shape[2]
         if ctx.aligned:

@@ -1,6 +1,7 @@
 """What the layers of one forward pass share: positions, mask, caches, auxiliary losses, key/value prefixes.
 
-B batch, T time (tokens of this pass), S slots (keys), P prefix length, H key/value heads, E width of a head.
+B batch (1 in positions_BT where all rows share them), T time (tokens of this pass), S slots (keys), P prefix length,
+H key/value heads, E width of a head.
 """
 
 from __future__ import annotations
@@ -31,9 +32,67 @@ class Context:
     valid_BT: torch.Tensor | None = None
     cache: Cache | None = None
     prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Layer -> (k_BHPE, v_BHPE) that every query of that layer sees first (the tap of prefix tuning)."""
+    """Layer -> (k_BHPE, v_BHPE) that every query of that layer sees first (the tap of prefix tuning; B may be 1)."""
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     collect: dict[str, Any] | None = None
+    tables: dict[str, Any] = field(default_factory=dict)
+    """What is computed once per pass and read by every layer (tables of position encodings), by name."""
+
+    @classmethod
+    def begin(
+        cls,
+        tokens_BT: torch.Tensor,
+        max_length: int,
+        *,
+        causal: bool = True,
+        positions_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+        valid_BT: torch.Tensor | None = None,
+        prefix_B: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        collect: dict[str, Any] | None = None,
+    ) -> Context:
+        """The context of a pass over `tokens_BT`; options as for `LanguageModel.hidden`.
+
+        Raises `ValueError` when the tokens do not fit `max_length` or the cache, or the options contradict each other.
+        """
+        batch, time = tokens_BT.shape
+        lengths = [0] * batch if cache is None else cache.lengths
+        if len(lengths) != batch:
+            raise ValueError(
+                f"the batch has {batch} rows and the cache {len(lengths)}; make it with new_cache({batch})"
+            )
+        end = max(lengths, default=0) + time
+        if cache is None and end > max_length:
+            raise ValueError(f"{time} tokens, but the model's context is max_length={max_length}: cut the sequence")
+        if cache is not None and end > cache.max_length:
+            raise ValueError(
+                f"the cache has room for {cache.max_length} tokens per row: row {lengths.index(max(lengths))} holds"
+                f" {max(lengths)} and {time} more do not fit; drop full rows (cache.select) or make a longer cache"
+            )
+        if cache is not None and documents_BT is not None:
+            raise ValueError("documents_BT cannot be used with a cache: give each document a row of its own")
+
+        aligned = len(set(lengths)) <= 1
+        slots_BT = torch.arange(end - time, end, device=tokens_BT.device)[None]
+        if not aligned:
+            starts_B = torch.tensor(lengths, device=tokens_BT.device)
+            slots_BT = starts_B[:, None] + torch.arange(time, device=tokens_BT.device)
+        if positions_BT is None:
+            positions_BT = slots_BT
+        elif positions_BT.device.type == "cpu" and positions_BT.numel() and int(positions_BT.max()) >= max_length:
+            raise ValueError(f"position {int(positions_BT.max())}, but the model's context is max_length={max_length}")
+        rows_slots_BT = None if aligned else slots_BT
+        return cls(
+            positions_BT=positions_BT,
+            mask=Mask(causal=causal, prefix_B=prefix_B, documents_BS=documents_BT, slots_BT=rows_slots_BT),
+            end=end,
+            aligned=aligned,
+            slots_BT=rows_slots_BT,
+            valid_BT=valid_BT,
+            cache=cache,
+            collect=collect,
+        )
 
     def layer_cache(self, layer: int) -> LayerCache | None:
         """State of that layer's attention, None when nothing is cached."""

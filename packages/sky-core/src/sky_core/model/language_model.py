@@ -1,17 +1,22 @@
 """The contract of a language model: hidden states, logits and a loss that never holds all logits are separate.
 
-B batch, T time (tokens), D model width, V vocabulary.
+B batch, T time (tokens), D model width, V vocabulary, H heads, S keys.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sky_core.model.cache import Cache
+
+if TYPE_CHECKING:
+    from sky_core.model.adapter import Attached
+    from sky_core.model.context import Context
 
 
 class LanguageModel(nn.Module, ABC):
@@ -20,6 +25,15 @@ class LanguageModel(nn.Module, ABC):
     vocab_size: int
     max_length: int
     n_layer: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation_checkpointing = False
+        """Keep only what enters each layer for the backward pass and compute the rest again."""
+        self.context_hooks: list[Callable[[Context], None]] = []
+        """Called with the fresh context of every pass, before any layer reads it (the tap of key/value prefixes)."""
+        self.adapters: list[Attached] = []
+        """What is attached to this model, oldest first."""
 
     @abstractmethod
     def hidden(
@@ -37,10 +51,16 @@ class LanguageModel(nn.Module, ABC):
 
         `positions_BT` (default 0..T-1, or after what the cache holds) feed the position encoding; `documents_BT`
         keeps attention inside documents; `valid_BT` marks real tokens of right-padded rows; the first `prefix_B`
-        tokens of a row see each other (prefix LM); `cache` holds earlier tokens and takes these in. With `collect`,
-        the pass fills it: `hidden_states` (list of n_layer + 1 h_BTD: embeddings, then after each block),
-        `losses` (auxiliary losses by name, already added to `loss` parts by the caller), and `attention` (maps
-        a_BHTS per layer) when the key is present and the kernel gives them.
+        tokens of a row see each other (prefix LM; with a cache they come in its first pass).
+
+        `cache` holds earlier tokens and takes these in: its `lengths` advance by the number of valid tokens of each
+        row (T where `valid_BT` is None). What lies behind a row's valid tokens is overwritten by its next ones.
+
+        With `collect`, the pass puts in `losses` (auxiliary losses by name) and, for each of these keys that is
+        present, `hidden_states` (list of n_layer + 1 h_BTD: embeddings, then after each block) and `attention`
+        (layer -> map a_BHTS, for layers that compute one).
+
+        Raises `ValueError` when the tokens do not fit `max_length` or the cache, or the options contradict each other.
         """
 
     @abstractmethod
@@ -61,6 +81,10 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """Empty state for incremental decoding of up to `max_length` (default: the model's) tokens per row."""
+
+    def compile_layers(self) -> None:
+        """Compile each layer in place with `torch.compile`; names of parameters stay as they are."""
+        raise NotImplementedError
 
     def n_parameters(self) -> dict[str, int]:
         """{"total", "embedding", "body"}: distinct parameters; embeddings are tables indexed by token or position,

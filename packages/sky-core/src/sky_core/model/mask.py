@@ -5,7 +5,9 @@ B batch, T queries, S keys. `Mask.dense` is the definition that every kernel is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -20,6 +22,9 @@ class Mask:
     - `documents_BS`: both belong to the same document; queries are the last T keys.
     - `slots_BT`: index of each query in its row; None means that the T queries are the last of the S keys.
     - `front` P: before all of these stand P further keys that every query sees (key/value prefixes, memories).
+
+    A mask lives for one forward pass. What is derived from it (other masks, lowered forms) is kept in `memo`, so that
+    all layers share it.
     """
 
     causal: bool = True
@@ -28,14 +33,22 @@ class Mask:
     documents_BS: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
     front: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, computed the first time that `key` is asked for."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
     def with_window(self, window: int) -> Mask:
         """This mask with at most `window` keys per query, the query's own included."""
-        return replace(self, window=window if self.window is None else min(window, self.window))
+        window = window if self.window is None else min(window, self.window)
+        return self.once(("window", window), lambda: replace(self, window=window))
 
     def with_front(self, keys: int) -> Mask:
         """This mask with `keys` more keys in front that every query sees."""
-        return replace(self, front=self.front + keys)
+        return self.once(("front", keys), lambda: replace(self, front=self.front + keys))
 
     @property
     def is_plain_causal(self) -> bool:

@@ -1,0 +1,37 @@
+"""Parameters, FLOPs and cache bytes of a model, by the formulas of the field.
+
+    training FLOPs per token = 6 (N_body + N_head) + 12 L h d_h T / 2
+
+Kaplan et al. 2020 (arXiv:2001.08361, section 2.1) with the causal half of attention: 2 FLOPs per weight and token
+forward, 4 backward; QKᵀ and AV are 2 T h d_h each per layer, and a token sees T / 2 others on average. N_head = V D
+whether the head is tied or not (it multiplies either way), and reading the embedding table costs nothing.
+
+L layers, h heads, d_h width of a head, T tokens, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def n_parameters(model: nn.Module, embeddings: Iterable[nn.Module]) -> dict[str, int]:
+    """{"total", "embedding", "body"}: distinct parameters, those of `embeddings`, and the rest."""
+
+    def count(modules: Iterable[nn.Module]) -> int:
+        distinct = {parameter for module in modules for parameter in module.parameters()}
+        return sum(parameter.numel() for parameter in distinct)
+
+    total, embedding = count([model]), count(embeddings)
+    return {"total": total, "embedding": embedding, "body": total - embedding}
+
+
+def flops_per_token(body: int, head: int, n_layer: int, n_head: int, head_dim: int, sequence_length: int) -> float:
+    """Training FLOPs per token at `sequence_length`; `body` and `head` are numbers of parameters."""
+    return 6.0 * (body + head) + 12.0 * n_layer * n_head * head_dim * sequence_length / 2
+
+
+def kv_bytes_per_token(n_layer: int, n_kv_head: int, head_dim: int, bytes_per_number: int) -> int:
+    """Bytes of keys and values that one token leaves in the cache."""
+    return 2 * n_layer * n_kv_head * head_dim * bytes_per_number

@@ -1,0 +1,33 @@
+"""Initialisation in one place (Radford et al. 2019, GPT-2, section 2.3).
+
+    matrices and tables                  N(0, std²), std = initializer_range
+    o_proj, down_proj                    N(0, (std / sqrt(2 n_layer))²): each layer adds to the residual stream twice,
+                                         so its variance stays that of one addition
+    norms                                weight 1, bias 0
+    other biases                         0
+
+A module that needs something else has a method `init_weights()`, which is then all that is done to it and what it
+holds. Weights depend on torch's global generator only: the same `torch.manual_seed` gives the same model.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+RESIDUAL = ("o_proj", "down_proj")
+"""Names of the projections that write to the residual stream."""
+
+
+def init_weights(module: nn.Module, std: float, n_layer: int, name: str = "") -> None:
+    """Initialise `module`, called `name` by its parent, and everything below it, in place."""
+    own = getattr(module, "init_weights", None)
+    if own is not None:
+        own()
+        return
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if parameter_name == "bias":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std / (2 * n_layer) ** 0.5 if name in RESIDUAL else std)
+    for child_name, child in module.named_children():
+        init_weights(child, std, n_layer, child_name)

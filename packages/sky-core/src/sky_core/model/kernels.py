@@ -1,0 +1,92 @@
+"""Attention kernels: softmax(scale QKᵀ)V under a declarative mask (Vaswani et al. 2017, section 3.2.1, equation 1).
+
+    naive   the equation as it stands: holds the weights, runs anywhere, the one to read and to differentiate by hand
+    sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash)
+
+Relative to the paper: H query heads may share G key/value heads (Ainslie et al. 2023, grouped queries; head h reads
+group h // (H / G)), a query that may see no key gives 0 instead of NaN, and softmax runs in at least fp32.
+
+B batch, H query heads, G key/value heads, R = H / G, T queries, S keys, E width of q and k, F width of v.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from sky_core.model.mask import Mask
+
+log = logging.getLogger(__name__)
+
+
+def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """`mask.dense(...)`, computed once per forward pass."""
+    return mask.once(("dense", queries, keys), lambda: mask.dense(queries, keys, device))
+
+
+def attention_weights(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, mask: Mask, *, scale: float) -> torch.Tensor:
+    """a_BHTS = softmax(scale QKᵀ) under the mask, at least fp32; rows sum to 1, or to 0 where nothing may be seen."""
+    q_BGRTE = rearrange(q_BHTE, "B (G R) T E -> B G R T E", G=k_BGSE.shape[1])
+    scores_BHTS = (q_BGRTE @ k_BGSE[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
+    if scores_BHTS.dtype in (torch.bfloat16, torch.float16):
+        scores_BHTS = scores_BHTS.float()
+    hidden = ~dense_mask(mask, *scores_BHTS.shape[-2:], scores_BHTS.device)
+    # The lowest finite number, not -inf: a row with nothing to see must have finite gradients too.
+    scores_BHTS = scores_BHTS.masked_fill(hidden, torch.finfo(scores_BHTS.dtype).min)
+    return scores_BHTS.softmax(dim=-1).masked_fill(hidden, 0.0)
+
+
+def naive(
+    q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, *, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """y_BHTF by the equation; `dropout` acts on the weights."""
+    a_BHTS = F.dropout(attention_weights(q_BHTE, k_BGSE, mask, scale=scale), dropout).to(v_BGSF.dtype)
+    a_BGRTS = rearrange(a_BHTS, "B (G R) T S -> B G R T S", G=v_BGSF.shape[1])
+    return (a_BGRTS @ v_BGSF[:, :, None]).flatten(1, 2)
+
+
+def sdpa(
+    q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, *, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """y_BHTF by torch's fused attention."""
+    heads, groups = q_BHTE.shape[1], k_BGSE.shape[1]
+    queries, keys = q_BHTE.shape[2], k_BGSE.shape[2]
+    if queries == 1 and mask.slots_BT is None and not mask.front and mask.documents_BS is None:
+        # One new token at the end of its row sees everything, or its window: cut the keys instead of masking them.
+        if mask.window is not None:
+            k_BGSE, v_BGSF = k_BGSE[:, :, -mask.window :], v_BGSF[:, :, -mask.window :]
+        bias, is_causal = None, False
+    else:
+        bias, is_causal = _lowered(mask, queries, keys, q_BHTE)
+    if queries == 1 and groups < heads:
+        # A group's queries become rows over the keys they share: half the time of enable_gqa when decoding.
+        q_BGRE = q_BHTE.view(len(q_BHTE), groups, heads // groups, -1)
+        y_BGRF = F.scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSF, bias, dropout, is_causal, scale=scale)
+        return y_BGRF.view(len(q_BHTE), heads, 1, -1)
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BGSE, v_BGSF, bias, dropout, is_causal, scale=scale, enable_gqa=groups < heads
+    )
+
+
+def _lowered(mask: Mask, queries: int, keys: int, like: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+    """(additive mask or None, is_causal) for torch. `is_causal` counts from the first key: right only when T == S."""
+    if mask.is_plain_causal and queries == keys:
+        return None, True
+    if not mask.causal and mask.window is None and mask.documents_BS is None:
+        return None, False
+
+    def additive() -> torch.Tensor:
+        allowed = dense_mask(mask, queries, keys, like.device)
+        return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
+
+    return mask.once(("additive", queries, keys, like.dtype), additive), False
+
+
+def choose() -> Callable[..., torch.Tensor]:
+    """The kernel `auto` stands for; says in the log which it is."""
+    log.info("attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention)")
+    return sdpa

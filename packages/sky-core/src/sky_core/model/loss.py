@@ -1,0 +1,114 @@
+"""Cross-entropy straight from hidden states: the logits of all tokens are never held at once.
+
+With logits z_n = W h_n and p_n = softmax(z_n), the summed loss over tokens that carry a target y_n is
+
+    loss = Σ_n logsumexp(z_n) - z_n[y_n]
+    dloss/dz_n = p_n - onehot(y_n),   dloss/dh_n = Wᵀ dz_n,   dloss/dW = Σ_n dz_n h_nᵀ
+
+The loss is a sum and the last operation of a step, so its gradients are known up to one scalar factor: they are made
+in the forward pass, chunk by chunk, and the logits of a chunk are gone before the next (Wijmans et al. 2024, Cut your
+losses, arXiv:2411.09009, section 3, and Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2, do this fused on
+a GPU). Memory: N D + V D numbers for the gradients and one chunk of logits, instead of 2 N V.
+
+N tokens, D model width, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from sky_core.data.dataset import IGNORE
+
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of fp32 logits that are held at a time."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight_VD: torch.Tensor, targets: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES
+) -> torch.Tensor:
+    """Summed negative log-likelihood (nats, an fp32 scalar) of `targets` (...) under softmax(W h), h from `hidden`
+    (..., D); targets equal to IGNORE are left out.
+
+    Under autocast the products run in its dtype, as those of a linear layer would; softmax and sums in fp32.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    rows = _chunk_rows(len(weight_VD), chunk_bytes)
+    gradients = torch.is_grad_enabled()
+    loss: torch.Tensor = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight_VD, targets.flatten(), rows, dtype, gradients
+    )
+    return loss
+
+
+def cross_entropy_of_head(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """The same loss for any head (..., D) -> (..., V): chunks of logits are computed again in the backward pass."""
+
+    def chunk_loss(hidden_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden_CD).float(), targets_C, ignore_index=IGNORE, reduction="sum")
+
+    rows = _chunk_rows(vocab_size, chunk_bytes)
+    chunks = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
+    return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _chunk_rows(vocab_size: int, chunk_bytes: int) -> int:
+    return max(1, chunk_bytes // (4 * vocab_size))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        gradients: bool,
+    ) -> torch.Tensor:
+        wants_hidden = gradients and ctx.needs_input_grad[0]
+        wants_weight = gradients and ctx.needs_input_grad[1]
+        h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        dh_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        dw_VD = None
+        total = None
+        for start in range(0, len(h_ND), rows):
+            h_CD, y_C = h_ND[start : start + rows], targets_N[start : start + rows]
+            ignored_C1 = (y_C == IGNORE)[:, None]
+            y_C1 = y_C[:, None].masked_fill(ignored_C1, 0)
+            z_CV = h_CD @ w_VD.T
+            logp_CV = F.log_softmax(z_CV, dim=-1, dtype=torch.promote_types(dtype, torch.float32))
+            loss = -logp_CV.gather(1, y_C1).masked_fill_(ignored_C1, 0.0).sum()
+            total = loss if total is None else total + loss
+            if not (wants_hidden or wants_weight):
+                continue
+            dz_CV = logp_CV.exp_()
+            dz_CV.scatter_add_(1, y_C1, torch.full_like(y_C1, -1, dtype=dz_CV.dtype))
+            dz_CV = dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
+            if dh_ND is not None:
+                dh_ND[start : start + rows] = dz_CV @ w_VD
+            if wants_weight:
+                part_VD = dz_CV.T @ h_CD
+                dw_VD = part_VD.to(weight_VD.dtype) if dw_VD is None else dw_VD.add_(part_VD)
+        ctx.gradients = (dh_ND, dw_VD)
+        return hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32)) if total is None else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dh_ND, dw_VD = (None if gradient is None else gradient * factor for gradient in ctx.gradients)
+        return dh_ND, dw_VD, None, None, None, None
