@@ -98,15 +98,15 @@ def _resolve(base: type[Component], default_kind: str | None, value: Any) -> Com
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
-        raise PydanticCustomError(
-            "slot", "a name or a mapping with 'kind' is needed, got {got}", {"got": repr(value)}
-        )
+        raise PydanticCustomError("slot", "a name or a mapping with 'kind' is needed, got {got}", {"got": repr(value)})
     options = dict(value)
     kind = options.pop("kind", default_kind)
     offered = active_catalog().get(base.slot, {})
     if kind is None:
         raise PydanticCustomError(
-            "no_kind", "which {slot}? give 'kind' (have: {have})", {"slot": base.slot, "have": ", ".join(sorted(offered))}
+            "no_kind",
+            "which {slot}? give 'kind' (have: {have})",
+            {"slot": base.slot, "have": ", ".join(sorted(offered))},
         )
     if kind not in offered:
         from sky_core.plugins import where_to_find
@@ -125,8 +125,12 @@ def _resolve(base: type[Component], default_kind: str | None, value: Any) -> Com
     return offered[kind].model_validate(options)
 
 
+_SLOT_MARK = "sky-slot"
+"""Stands in a JSON Schema where a slot's kinds go until `json_schema` has put them there."""
+
+
 class _Slot:
-    """The pydantic half of `Slot[...]`: resolves `kind` when a value arrives, lists the kinds in the JSON Schema."""
+    """The pydantic half of `Slot[...]`: resolves `kind` when a value arrives."""
 
     def __init__(self, base: type[Component], default_kind: str | None = None) -> None:
         self.base = base
@@ -141,22 +145,7 @@ class _Slot:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        offered = active_catalog().get(self.base.slot, {})
-        return {"anyOf": [{"enum": sorted(offered)}, *(self._option(offered[kind]) for kind in sorted(offered))]}
-
-    def _option(self, component: type[Component]) -> dict[str, Any]:
-        """The JSON Schema of one kind, inlined (each component brings its own `$defs`)."""
-        raw = component.model_json_schema()
-        schema = _inlined(raw, raw.get("$defs", {}))
-        required = [*schema.get("required", []), *([] if component.kind == self.default_kind else ["kind"])]
-        return {
-            "type": "object",
-            "title": component.kind,
-            "description": component.summary(),
-            "properties": {"kind": {"const": component.kind}, **schema.get("properties", {})},
-            "additionalProperties": False,
-            "required": required,
-        }
+        return {_SLOT_MARK: (self.base.slot, self.default_kind)}
 
 
 def _as_list(value: Any) -> Any:
@@ -165,15 +154,6 @@ def _as_list(value: Any) -> Any:
     if not value:
         raise PydanticCustomError("slot", "the list is empty; give at least one")
     return value
-
-
-def _inlined(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """`node` with every `$ref` replaced by what it refers to."""
-    if isinstance(node, Mapping):
-        if "$ref" in node:
-            return _inlined(definitions[node["$ref"].rsplit("/", 1)[-1]], definitions)
-        return {key: _inlined(value, definitions) for key, value in node.items() if key != "$defs"}
-    return [_inlined(item, definitions) for item in node] if isinstance(node, list) else node
 
 
 class _Tiled(_Slot):
@@ -204,8 +184,8 @@ class _Tiled(_Slot):
     ) -> dict[str, Any]:
         one = super().__get_pydantic_json_schema__(schema, handler)
         if self.optional:
-            one = {"anyOf": [{"type": "null"}, *one["anyOf"]]}
-        return {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]}
+            one = {"anyOf": [{"type": "null"}, one]}
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
 
 
 class Slot:
@@ -222,3 +202,44 @@ class Tiled:
     def __class_getitem__(cls, item: Any) -> Any:
         base, optional = (item[0], True) if isinstance(item, tuple) else (item, False)
         return Annotated[tuple[base, ...], _Tiled(base, optional=optional)]
+
+
+def json_schema(table: type[Schema]) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `table`, with every kind that the active catalogue offers for each of its slots.
+
+    Each slot is one definition that the others refer to, so parts may contain parts of their own slot.
+    """
+    definitions: dict[str, Any] = {}
+
+    def define(slot: str, default_kind: str | None) -> str:
+        name = f"slot_{slot}" + (f"_{default_kind}" if default_kind else "")
+        if name not in definitions:
+            definitions[name] = None  # known from here on, so that a part may refer to its own slot
+            offered = active_catalog().get(slot, {})
+            kinds = [option(offered[kind], default_kind) for kind in sorted(offered)]
+            definitions[name] = {"anyOf": [{"enum": sorted(offered)}, *kinds]}
+        return f"#/$defs/{name}"
+
+    def option(component: type[Component], default_kind: str | None) -> dict[str, Any]:
+        schema = expand(component.model_json_schema())
+        required = [*schema.get("required", []), *([] if component.kind == default_kind else ["kind"])]
+        return {
+            "type": "object",
+            "title": component.kind,
+            "description": component.summary(),
+            "properties": {"kind": {"const": component.kind}, **schema.get("properties", {})},
+            "additionalProperties": False,
+            "required": required,
+        }
+
+    def expand(node: Any) -> Any:
+        if isinstance(node, dict):
+            if _SLOT_MARK in node:
+                rest = {key: value for key, value in node.items() if key != _SLOT_MARK}
+                return rest | {"$ref": define(*node[_SLOT_MARK])}
+            definitions.update({name: expand(schema) for name, schema in node.get("$defs", {}).items()})
+            return {key: expand(value) for key, value in node.items() if key != "$defs"}
+        return [expand(item) for item in node] if isinstance(node, list) else node
+
+    schema: dict[str, Any] = expand(table.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": definitions}

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from sky_core import slots
-from sky_core.component import Component, Schema, Slot, _Slot, closest
+from sky_core.component import Component, Schema, Slot, _Slot, closest, json_schema
 from sky_core.errors import ConfigError
 from sky_core.plugins import load_plugins, loaded_plugins
 from sky_core.yaml_file import Lines, parse_value, read_yaml
@@ -50,8 +50,8 @@ class SampleSection(Schema):
     every: Annotated[int | None, Field(ge=1, description="steps between samples; null: none")] = None
     prompts: Annotated[list[str], Field(min_length=1, description="one sample for each")] = ["\n"]
     max_new_tokens: Annotated[int, Field(ge=1, description="tokens sampled for each prompt")] = 100
-    sampler: Annotated[Slot[slots.Sampler], Field(description="how the next token is chosen")] = Field(
-        default="sample", validate_default=True
+    sampler: Annotated[Slot[slots.Sampler, "sample"], Field(description="how the next token is chosen")] = Field(
+        default={}, validate_default=True
     )
 
 
@@ -74,14 +74,14 @@ class Run(Schema):
         Slot[slots.Tokenizer] | None, Field(description="null: the one that the data was made with")
     ] = None
     data: Annotated[Slot[slots.Dataset], Field(description="where sequences come from")]
-    objective: Annotated[Slot[slots.Objective], Field(description="the loss")] = Field(
-        default="next_token", validate_default=True
+    objective: Annotated[Slot[slots.Objective, "next_token"], Field(description="the loss")] = Field(
+        default={}, validate_default=True
     )
-    optimizer: Annotated[Slot[slots.Optimizer], Field(description="how parameters move")] = Field(
-        default="adamw", validate_default=True
+    optimizer: Annotated[Slot[slots.Optimizer, "adamw"], Field(description="how parameters move")] = Field(
+        default={}, validate_default=True
     )
-    schedule: Annotated[Slot[slots.Schedule], Field(description="the learning rate over the steps")] = Field(
-        default="cosine", validate_default=True
+    schedule: Annotated[Slot[slots.Schedule, "cosine"], Field(description="the learning rate over the steps")] = Field(
+        default={}, validate_default=True
     )
     train: Annotated[Slot[slots.Trainer, "fit"], Field(description="the training loop")]
     eval: EvalSection = EvalSection()
@@ -106,10 +106,9 @@ def run_schema() -> type[Run]:
     return create_model("Run", __base__=Run, __doc__=Run.__doc__, **fields) if fields else Run
 
 
-def json_schema() -> dict[str, Any]:
+def run_json_schema() -> dict[str, Any]:
     """The JSON Schema of run files with everything the loaded plugins offer, for editors."""
-    schema = run_schema().model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema = json_schema(run_schema())
     schema["properties"]["extends"] = {"type": "string", "description": "a run file that this one changes"}
     return schema
 
@@ -131,7 +130,10 @@ def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | 
     plugins = data.get("plugins")
     if plugins is not None and not (isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)):
         raise ConfigError(f"plugins: a list of names is needed, got {plugins!r}")
-    loaded = load_plugins(plugins, base)
+    if plugins is not None and base is not None:
+        files = {name: str((base / name).resolve()) for name in plugins if name.endswith(".py")}
+        data = {**data, "plugins": [files.get(name, name) for name in plugins]}
+    loaded = load_plugins(data.get("plugins"))
     schema = run_schema()
     try:
         run = schema.model_validate(data)
@@ -203,7 +205,9 @@ def _set(node: Any, key: str | int, value: Any, override: str) -> None:
 def _problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
     found = []
     for detail in error.errors():
-        place = next((lines[detail["loc"][:n]] for n in range(len(detail["loc"]), 0, -1) if detail["loc"][:n] in lines), "")
+        place = next(
+            (lines[detail["loc"][:n]] for n in range(len(detail["loc"]), 0, -1) if detail["loc"][:n] in lines), ""
+        )
         path = ".".join(str(part) for part in detail["loc"])
         line = f"{path}: {_explain(detail, schema, data)}" if path else _explain(detail, schema, data)
         found.append((list(lines).index(detail["loc"]) if detail["loc"] in lines else len(lines), place, line))
@@ -228,15 +232,23 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
     current: type[Schema] | None = schema
     slot: _Slot | None = None
     for part in location:
-        data = data[part] if isinstance(data, list) and isinstance(part, int) else (
-            data.get(part) if isinstance(data, dict) else data
+        data = (
+            data[part]
+            if isinstance(data, list) and isinstance(part, int)
+            else (data.get(part) if isinstance(data, dict) else data)
         )
         if isinstance(part, str) and current is not None:
             field = current.model_fields.get(part)
             slot = _find(field.annotation, field.metadata) if field else None
             current = field.annotation if field and isinstance(field.annotation, type) else None
         if slot is not None:
-            kind = data if isinstance(data, str) else data.get("kind", slot.default_kind) if isinstance(data, dict) else None
+            kind = (
+                data
+                if isinstance(data, str)
+                else data.get("kind", slot.default_kind)
+                if isinstance(data, dict)
+                else None
+            )
             current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
     if current is None or not issubclass(current, Schema):
         return []

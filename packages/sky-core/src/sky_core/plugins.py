@@ -72,11 +72,11 @@ def loaded_plugins() -> Plugins:
     return _loaded if _loaded is not None else load_plugins()
 
 
-def load_plugins(selection: list[str] | None = None, base: Path | None = None) -> Plugins:
+def load_plugins(selection: list[str] | None = None) -> Plugins:
     """Load core and the selected plugins and make their catalogue the active one.
 
-    `selection` is a run file's `plugins:`: names with optional version specifiers, or paths of loose files relative
-    to `base`. None means every installed plugin, or those that the environment variable SKY_PLUGINS names (a comma
+    `selection` is a run file's `plugins:`: names with optional version specifiers, or paths of loose files.
+    None means every installed plugin, or those that the environment variable SKY_PLUGINS names (a comma
     list; empty: core alone). Raises `PluginError` when something asked for cannot be had.
     """
     global _loaded
@@ -96,7 +96,7 @@ def load_plugins(selection: list[str] | None = None, base: Path | None = None) -
             found.append(_load_installed(manager, points[name], required=False))
     for asked in selection or []:
         if asked.endswith(".py"):
-            found.append(_load_file(manager, Path(asked) if base is None else base / asked))
+            found.append(_load_file(manager, Path(asked)))
         else:
             found.append(_load_installed(manager, _entry_point(asked, points), required=True))
     if selection is not None:
@@ -225,5 +225,5 @@ def _check_offer(component: object, base: type[Component], hook: str, plugin: st
         raise PluginError(f"plugin {plugin!r}: {hook} returned {component!r}, which is no {base.__name__} component")
     if "kind" in component.model_fields or not isinstance(getattr(component, "kind", None), str):
         raise PluginError(
-            f"plugin {plugin!r}: {component.__name__} has no kind; write `kind: ClassVar = \"...\"` in its body"
+            f'plugin {plugin!r}: {component.__name__} has no kind; write `kind: ClassVar = "..."` in its body'
         )

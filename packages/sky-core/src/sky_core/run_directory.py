@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
@@ -20,6 +21,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -60,7 +63,12 @@ class RunDirectory:
         write_atomic(directory.path / "command.txt", " ".join(sys.argv) + "\n")
         write_json(directory.path / "environment.json", environment())
         directory.update(
-            id=directory.path.name, name=run.name, state="created", created=utc_now(), tags=run.tags, lineage=lineage or {}
+            id=directory.path.name,
+            name=run.name,
+            state="created",
+            created=utc_now(),
+            tags=run.tags,
+            lineage=lineage or {},
         )
         return directory
 
@@ -114,6 +122,19 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         return list(read_json_lines(self.path / "metrics.jsonl"))
+
+    @contextmanager
+    def log_file(self) -> Iterator[None]:
+        """Inside, what the project logs also goes to log.txt, with the time."""
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger = logging.getLogger("sky_core")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
 
     def lock(self) -> IO[str]:
         """Take the directory for this process; the lock dies with the process. Raises `UserError` when it is taken."""

@@ -54,20 +54,25 @@ class Fit(slots.Trainer):
     clip: Annotated[float | None, Field(gt=0, description="largest global gradient norm; null: no clipping")] = 1.0
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
-        Field(description="what forward and backward compute in; auto: bf16 where the processor multiplies it natively"),
+        Field(
+            description="what forward and backward compute in; auto: bf16 where the processor multiplies it natively"
+        ),
     ] = "auto"
     compile: Annotated[bool, Field(description="compile every layer with torch.compile")] = False
     activation_checkpointing: Annotated[
         bool, Field(description="recompute each block in the backward pass instead of keeping its activations")
     ] = False
     ema: Annotated[
-        float | None, Field(gt=0, lt=1, description="decay of an average of the weights, which is then what is evaluated")
+        float | None,
+        Field(gt=0, lt=1, description="decay of an average of the weights, which is then what is evaluated"),
     ] = None
-    max_skipped: Annotated[int, Field(ge=1, description="non-finite steps in a row after which the run has diverged")] = 10
+    max_skipped: Annotated[
+        int, Field(ge=1, description="non-finite steps in a row after which the run has diverged")
+    ] = 10
     max_minutes: Annotated[float | None, Field(gt=0, description="stop (saved, resumable) after this long")] = None
     dry_run: Annotated[bool, Field(description="try one micro-batch first, to find out-of-memory at once")] = True
-    engine: Annotated[Slot[slots.Engine], Field(description="where, and on how many processes, steps run")] = Field(
-        default="local", validate_default=True
+    engine: Annotated[Slot[slots.Engine, "local"], Field(description="where, and on how many processes, steps run")] = (
+        Field(default={}, validate_default=True)
     )
 
     def build(self, run: Run, directory: RunDirectory) -> Trainer:

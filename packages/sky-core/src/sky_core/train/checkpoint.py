@@ -43,7 +43,9 @@ def save_checkpoint(
         (temporary / "training").mkdir(parents=True)
         for stem, named in tensors.items():
             if named:
-                save_file({name: tensor.contiguous() for name, tensor in named.items()}, temporary / f"{stem}.safetensors")
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in named.items()}, temporary / f"{stem}.safetensors"
+                )
         write_atomic(temporary / "run.yaml", run_yaml)
         write_json(temporary / "training" / "state.json", state)
         tokenizer.save(temporary / "tokenizer")

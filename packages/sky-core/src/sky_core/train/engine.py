@@ -7,6 +7,7 @@ on the engine that wrote it.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,6 +22,9 @@ from sky_core.train.objective import Loss, Objective
 if TYPE_CHECKING:
     from sky_core.data.dataset import Batch
     from sky_core.model.language_model import LanguageModel
+
+
+log = logging.getLogger(__name__)
 
 
 class Step(nn.Module):
@@ -103,6 +107,7 @@ class LocalEngine(Engine):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(precision, self.device)
         self.compile = compile
+        log.info("engine local on %s%s", self.device, ", layers compiled" if compile else "")
 
     def prepare(self, step: Step, optimizers: list[torch.optim.Optimizer]) -> Callable[[Batch], Loss]:
         self.step = step
@@ -163,7 +168,9 @@ class LocalEngine(Engine):
             name, _, key = path.rpartition("/")
             parameter = parameters.get(name)
             if parameter is None or parameter not in owner:
-                raise CheckpointError(f"optimizer state of {name!r} has no trained parameter here; was the model changed?")
+                raise CheckpointError(
+                    f"optimizer state of {name!r} has no trained parameter here; was the model changed?"
+                )
             if tensor.ndim and tensor.shape != parameter.shape:
                 raise CheckpointError(
                     f"optimizer state {path!r} has shape {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}"

@@ -60,5 +60,7 @@ class NextToken(Objective):
         )
         nll = model.nll(hidden_BTD, batch.targets_BT)
         losses = {name: value * self.weight(batch) for name, value in collect.get("losses", {}).items()}
-        total = nll + sum(losses.values()) if losses else nll
-        return Loss(total, {"nll": nll.detach()} | {name: value.detach() for name, value in losses.items()})
+        if not losses:
+            return Loss(nll)
+        parts = {"nll": nll, **losses}
+        return Loss(sum(parts.values()), {name: value.detach() for name, value in parts.items()})

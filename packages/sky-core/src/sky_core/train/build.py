@@ -1,0 +1,46 @@
+"""From a run file to a model: architecture, start weights, adapters."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from sky_core.errors import UserError
+from sky_core.plugins import loaded_plugins
+
+if TYPE_CHECKING:
+    from sky_core.config import Run
+    from sky_core.model.language_model import LanguageModel
+    from sky_core.tokenizer.base import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def build_model(run: Run, tokenizer: Tokenizer) -> LanguageModel:
+    """The run's model on the CPU: built from its seed, then `init:` weights, then `adapters:`.
+
+    Raises `UserError` when `init:` has another tokenizer, `CheckpointError` when it has another shape.
+    """
+    torch.manual_seed(run.seed)
+    model: LanguageModel = run.model.build(tokenizer.vocab_size)
+    if run.init is not None:
+        from sky_core.api import load
+
+        other, other_tokenizer = load(run.init)
+        if other_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"init: {run.init} was trained with tokenizer {other_tokenizer.fingerprint}, this run has"
+                f" {tokenizer.fingerprint}; use the data and tokenizer that it was trained with"
+            )
+        from pathlib import Path
+
+        from sky_core.train.checkpoint import load_weights
+
+        load_weights(model, other.state_dict(), Path(run.init))
+        log.info("weights start from %s", run.init)
+    for adapter in run.adapters:
+        adapter.build(model)
+    loaded_plugins().hook.sky_model_built(model=model, run=run)
+    return model

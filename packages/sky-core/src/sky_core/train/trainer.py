@@ -1,0 +1,364 @@
+"""The training loop: read it top to bottom.
+
+Randomness is a pure function of (seed, step, process, micro-batch) and the data of (seed, position), so a run's whole
+state is its weights, its optimizer and a few integers: resuming is exact, and evaluating or sampling more often
+changes no training loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sky_core.errors import Diverged, UserError
+from sky_core.plugins import loaded_plugins
+from sky_core.run_directory import HEARTBEAT_SECONDS, RunDirectory
+from sky_core.train import checkpoint
+from sky_core.train.build import build_model
+from sky_core.train.engine import Step
+from sky_core.train.report import Report
+from sky_core.train.signals import StopSignals
+from sky_core.yaml_file import dump_yaml
+
+if TYPE_CHECKING:
+    from sky_core.components.training import Fit
+    from sky_core.config import Run
+    from sky_core.data.dataset import Batch
+
+log = logging.getLogger(__name__)
+
+EVENTS = ("on_start", "on_step", "on_eval", "on_save", "on_end")
+
+
+@dataclass
+class Result:
+    """How a run ended. `state` is done, stopped, diverged or failed; `evaluation` the last one's numbers."""
+
+    directory: Path
+    state: str
+    step: int
+    reason: str = ""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    signal: str | None = None
+
+
+def step_seed(seed: int, step: int, rank: int, micro: int) -> int:
+    """A 63-bit seed for one forward pass (splitmix64 of the four numbers)."""
+    value = seed
+    for part in (step, rank, micro):
+        value = (value ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+class Trainer:
+    """Gradient descent on one objective. Everything is built in `__init__`; `train` runs the loop."""
+
+    def __init__(self, fit: Fit, run: Run, directory: RunDirectory) -> None:
+        self.fit = fit
+        self.run = run
+        self.directory = directory
+        self.step = 0
+        self.sequences = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.best_loss = math.inf
+        self.best_step: int | None = None
+        self.evaluation: dict[str, float] = {}
+        self._stop: tuple[str, str] | None = None
+
+        self.engine = fit.engine.build()
+        self.engine.setup(fit.precision, compile=fit.compile)
+        self.dataset = run.data.build(run.seed, run.tokenizer)
+        self.tokenizer = self.dataset.tokenizer
+        self.model = build_model(run, self.tokenizer).to(self.engine.device)
+        self.model.activation_checkpointing = fit.activation_checkpointing
+        torch.manual_seed(run.seed + 1)
+        self.objective = run.objective.build(run, self.tokenizer).to(self.engine.device)
+        module = Step(self.model, self.objective)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        if not trained:
+            raise UserError("nothing to train: every parameter is frozen")
+        self.optimizers = run.optimizer.build(trained)
+        self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.schedule: Callable[[int], float] = run.schedule.build(fit.steps)
+        self.loss_of = self.engine.prepare(module, self.optimizers)
+        self.ema = self._build_ema()
+        self.micro_batch, self.accumulation = self._split_batch()
+        self.evals = [task.build() for task in run.eval.tasks]
+        self.report = Report(self)
+        self.callbacks: list[Any] = [self.report, *(callback.build(self) for callback in run.callbacks)]
+        loaded_plugins().hook.sky_trainer_built(trainer=self, run=run)
+        self._bound: dict[str, list[Callable[..., None]]] = {}
+
+    # ---------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> Result:
+        """Train to the end, or until something asks to stop; returns how it ended. Raises `Diverged`."""
+        self._bound = {
+            event: [getattr(callback, event) for callback in self.callbacks if hasattr(callback, event)]
+            for event in EVENTS
+        }
+        started = beat = time.monotonic()
+        with StopSignals(self.request_stop) as signals:
+            result = Result(self.directory.path, "failed", self.step)
+            try:
+                self._announce("on_start")
+                if self.fit.dry_run:
+                    self._dry_run()
+                while self.step < self.fit.steps and self._stop is None:
+                    metrics = self._train_step()
+                    self._announce("on_step", self.step, metrics)
+                    with self.report.meter.paused():
+                        self._between_steps()
+                    if time.monotonic() - beat > HEARTBEAT_SECONDS:
+                        beat = time.monotonic()
+                        self.directory.heartbeat()
+                    if self.fit.max_minutes and time.monotonic() - started > self.fit.max_minutes * 60:
+                        self.request_stop(f"max_minutes ({self.fit.max_minutes}) are over")
+                state, reason = self._stop or ("done", "")
+                if self._stop is not None:
+                    self.save(best=False)
+                result = Result(self.directory.path, state, self.step, reason, self.evaluation, signals.received)
+            except Diverged as error:
+                result.state, result.reason = "diverged", str(error)
+                raise
+            except BaseException as error:
+                result.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise
+            finally:
+                result.step = self.step
+                self._announce("on_end", result)
+                loaded_plugins().hook.sky_finished(run=self.run, result=result)
+        return result
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors."""
+        batches = self._micro_batches()
+        weight = self.engine.sum(torch.tensor(float(sum(self.objective.weight(batch) for batch in batches)))).item()
+        multiplier = self.schedule(self.step)
+        for optimizer, peaks in zip(self.optimizers, self.peak_lr, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * multiplier
+
+        parts: dict[str, torch.Tensor] = {}
+        for index, batch in enumerate(batches):
+            torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, index))
+            loss = self.loss_of(batch)
+            self.engine.backward(loss.total / max(weight, 1.0), last=index == len(batches) - 1)
+            for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
+                parts[name] = parts[name] + value if name in parts else value
+        norm = self.engine.clip(self.fit.clip)
+        means = {name: self.engine.sum(value) / max(weight, 1.0) for name, value in parts.items()}
+
+        finite = bool(torch.isfinite(norm) & torch.isfinite(means["loss"]))
+        self.engine.update(skip=not finite)
+        if self.ema is not None and finite:
+            self.ema.update()
+        self.step += 1
+        self.sequences += self.micro_batch * self.accumulation * self.engine.world_size
+        self._count_skip(finite)
+        return {
+            **means,
+            "grad_norm": norm,
+            "lr": self.peak_lr[0][0] * multiplier,
+            "tokens": weight,
+            "skipped": self.skipped,
+        }
+
+    def _micro_batches(self) -> list[Batch]:
+        """This process's share of the step's sequences, prepared by the objective."""
+        share = self.micro_batch * self.accumulation
+        batch = self.dataset.batch(self.sequences + self.engine.rank * share, share).to(self.engine.device)
+        rows = range(0, share, self.micro_batch)
+        micro = [batch.rows(start, start + self.micro_batch) for start in rows]
+        with torch.no_grad():
+            return [self.objective.prepare(self.model, part) for part in micro]
+
+    def _count_skip(self, finite: bool) -> None:
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite:
+            log.warning("step %d: loss or gradient is not finite; the step is skipped", self.step)
+        if self.skipped_in_a_row >= self.fit.max_skipped:
+            raise Diverged(
+                f"step {self.step}: {self.skipped_in_a_row} steps in a row had no finite loss; resume from an earlier"
+                " checkpoint with a lower optimizer.lr, or try train.precision=fp32"
+            )
+
+    # ------------------------------------------------------------------------------- evaluation, saving, resuming
+
+    def _between_steps(self) -> None:
+        """Evaluate, save and sample where they are due: all of them at the end, but for samples."""
+        at_end = self.step == self.fit.steps
+        improved = (at_end or self._due(self.run.eval.every)) and self._evaluate()
+        if improved or at_end or self._due(self.run.checkpoint.every):
+            self.save(best=improved)
+        if self._due(self.run.sample.every):
+            self.report.sample()
+
+    def _evaluate(self) -> bool:
+        """Run every eval task; true when the loss is a new best and the best is to be kept."""
+        with self.ema.swapped() if self.ema else nullcontext():
+            results: dict[str, float] = {}
+            for task in self.evals:
+                results |= task(self.model, self.tokenizer, self.dataset, self.engine.autocast)
+        self.evaluation = results
+        improved = results.get("loss", math.inf) < self.best_loss
+        if improved:
+            self.best_loss, self.best_step = results["loss"], self.step
+        self._announce("on_eval", self.step, results)
+        return improved and self.run.checkpoint.keep_best
+
+    def save(self, *, best: bool) -> Path:
+        """Write a checkpoint of this moment, point `last` (and `best`) at it, delete what is not to be kept."""
+        folder = self.directory.path / "checkpoints" / checkpoint.checkpoint_name(self.step)
+        step_state = self.engine.state()
+        tensors = {
+            "model": {n.removeprefix("model."): t for n, t in step_state.items() if n.startswith("model.")},
+            "training/objective": {
+                n.removeprefix("objective."): t for n, t in step_state.items() if n.startswith("objective.")
+            },
+            "training/optimizer": self.engine.optimizer_state(),
+            "training/ema": self.ema.state_dict() if self.ema else {},
+        }
+        if self.engine.is_main:
+            checkpoint.save_checkpoint(
+                folder,
+                run_yaml=dump_yaml(self.run.as_dict()),
+                tokenizer=self.tokenizer,
+                tensors=tensors,
+                state=self._state(),
+            )
+            checkpoint.link_checkpoint(folder, "last")
+            if best:
+                checkpoint.link_checkpoint(folder, "best")
+            checkpoint.prune_checkpoints(
+                self.directory.path / "checkpoints", self.directory.checkpoints, self.run.checkpoint.keep_last
+            )
+        self._announce("on_save", self.step, folder)
+        return folder
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "sequences": self.sequences,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "best_step": self.best_step,
+            "evaluation": self.evaluation,
+            "data": self.dataset.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "versions": loaded_plugins().versions(),
+            "callbacks": [
+                callback.state_dict() if hasattr(callback, "state_dict") else None for callback in self.callbacks
+            ],
+        }
+
+    def resume(self, folder: Path | None) -> None:
+        """Continue from a checkpoint, exactly, or from nothing: what an earlier process left unfinished is removed.
+
+        Raises `CheckpointError` or `UserError` when the checkpoint does not fit; nothing is changed then.
+        """
+        if folder is not None:
+            self._load(folder)
+        checkpoint.remove_unfinished(self.directory.path / "checkpoints")
+        self.report.rewind(self.step)
+
+    def _load(self, folder: Path) -> None:
+        checkpoint.verify_checkpoint(folder)
+        state = checkpoint.load_state(folder)
+        for what, own in (("tokenizer", self.tokenizer.fingerprint), ("data", self.dataset.fingerprint)):
+            if state[what] != own:
+                raise UserError(
+                    f"{folder}: it was trained with {what} {state[what]}, this run has {own}; resume with the same {what},"
+                    " or start a new run with init:"
+                )
+        changed = {n: v for n, v in state["versions"].items() if loaded_plugins().versions().get(n) != v}
+        if changed:
+            log.warning("resuming under other versions; the checkpoint was written with %s", changed)
+        checkpoint.load_weights(self.model, checkpoint.load_tensors(folder, "model"), folder)
+        checkpoint.load_weights(self.objective, checkpoint.load_tensors(folder, "training/objective"), folder)
+        self.engine.load_optimizer_state(checkpoint.load_tensors(folder, "training/optimizer"))
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.load_tensors(folder, "training/ema"))
+        self.step, self.sequences = state["step"], state["sequences"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.best_step = state["best_step"]
+        if self.best_step == self.step and self.run.checkpoint.keep_best:
+            checkpoint.link_checkpoint(folder, "best")
+        self.evaluation = state["evaluation"]
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
+            if saved is not None:
+                callback.load_state_dict(saved)
+        if self.step >= self.fit.steps:
+            raise UserError(
+                f"{folder}: the run is complete ({self.step} of {self.fit.steps} steps); train.steps=... makes it longer"
+            )
+
+    # -------------------------------------------------------------------------------------------------- helpers
+
+    def request_stop(self, reason: str, state: str = "stopped") -> None:
+        """Stop after the current step; the run is saved and can be resumed."""
+        self._stop = (state, reason)
+
+    def _announce(self, event: str, *arguments: Any) -> None:
+        for function in self._bound[event]:
+            function(*arguments)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _build_ema(self) -> Any:
+        if self.fit.ema is None:
+            return None
+        from sky_core.train.ema import EMA
+
+        return EMA(self.model, self.fit.ema)
+
+    def _split_batch(self) -> tuple[int, int]:
+        """(sequences per micro-batch, micro-batches per step) of one process."""
+        length, world = self.dataset.sequence_length, self.engine.world_size
+        sequences, rest = divmod(self.fit.batch_tokens, length * world)
+        if sequences == 0 or rest:
+            near = max(round(self.fit.batch_tokens / (length * world)), 1) * length * world
+            raise UserError(
+                f"train.batch_tokens: {self.fit.batch_tokens} is no multiple of {length} tokens x {world} processes;"
+                f" {near} is the nearest"
+            )
+        micro = min(self.fit.micro_batch or sequences, sequences)
+        if sequences % micro:
+            raise UserError(
+                f"train.micro_batch: {micro} does not divide the {sequences} sequences of a step (per process)"
+            )
+        return micro, sequences // micro
+
+    def _dry_run(self) -> None:
+        """Forward and backward on one micro-batch, undone: out-of-memory shows now, not in hour three."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            torch.manual_seed(self.run.seed)
+            loss = self.loss_of(self._micro_batches()[0])
+            self.engine.backward(loss.total * 0.0, last=True)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            raise UserError(
+                f"out of memory with {self.micro_batch} sequences of {self.dataset.sequence_length} tokens at once;"
+                " lower train.micro_batch (the result is the same), or set train.activation_checkpointing"
+            ) from error
+        self.engine.update(skip=True)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
