@@ -1,0 +1,86 @@
+"""`sky sample`: text from a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run")
+@click.option("--prompt", "prompts", multiple=True, help="What the text starts with; may be given several times.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file whose whole text is one more prompt.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most probable token.")
+@click.option("--top-k", type=int, help="Keep the k most probable tokens.")
+@click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
+@click.option("--min-p", type=float, help="Keep tokens this many times as probable as the most probable one.")
+@click.option("--repetition-penalty", type=float, help="Above 1: tokens seen before become less probable.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@click.option("--n", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--stream/--no-stream", default=True, help="Show text as it comes (one sample only).")
+@click.option("--json", "as_json", is_flag=True, help="Print prompt, text, tokens, log-probabilities and why it ended.")
+def sample(
+    run: str,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    stop: tuple[str, ...],
+    seed: int,
+    n: int,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Sample text from RUN: a run directory, a run's name or unique prefix, @last, @best, or name@step.
+
+    Without a prompt the text starts as a document does.
+    """
+    import json
+    from dataclasses import asdict
+
+    from sky_core.api import load
+    from sky_core.errors import UserError
+    from sky_core.generate.decode import generate_tokens, stream_tokens
+    from sky_core.generate.text import encode_prompts, make_sampler
+
+    sampler = make_sampler(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    texts = list(prompts)
+    if prompt_file is not None:
+        try:
+            texts.append(prompt_file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{prompt_file}: not UTF-8 text (byte {error.start}); convert it first") from error
+    texts = [text for text in texts or [""] for _ in range(n)]
+    model, tokenizer = load(run)
+    ids = encode_prompts(tokenizer, texts)
+    options = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+
+    if len(texts) == 1 and stream and not as_json:
+        click.secho(texts[0], bold=True, nl=False)
+        for piece in stream_tokens(model, tokenizer, ids, **options):
+            click.echo(piece.text, nl=False)
+        click.echo()
+        return
+    generations = generate_tokens(model, tokenizer, ids, **options)
+    if as_json:
+        records = [{"prompt": text, **asdict(done)} for text, done in zip(texts, generations, strict=True)]
+        click.echo(json.dumps(records, ensure_ascii=False, indent=2))
+        return
+    for i, (text, generation) in enumerate(zip(texts, generations, strict=True)):
+        if i:
+            click.echo("-" * 20)
+        click.secho(text, bold=True, nl=False)
+        click.echo(generation.text)

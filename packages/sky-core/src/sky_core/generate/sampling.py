@@ -1,0 +1,129 @@
+"""Choosing the next token: pure functions from logits to logits, and the draw itself.
+
+    repetition_penalty   Keskar et al. 2019 (CTRL, arXiv:1909.05858), section 4.1
+    temperature          p_i ∝ exp(x_i / T)
+    top_k                Fan et al. 2018 (arXiv:1805.04833), section 5.4
+    top_p                Holtzman et al. 2020 (nucleus sampling, arXiv:1904.09751), section 3.1, equations 2 and 3
+    min_p                Nguyen et al. 2024 (arXiv:2407.01082), section 3, algorithm 1
+
+`TokenSampler` applies them in this order. It matters: the penalty acts on the model's own logits, and the three
+truncations see the distribution after temperature (so does Hugging Face; Nguyen et al. prefer min-p before it).
+Each truncation sets the logits it removes to -inf and keeps the most probable token.
+
+Where we differ: CTRL divides the logits of earlier tokens by θ > 1, which would *raise* a negative logit; negative
+logits are multiplied by θ here, as in Hugging Face. The prompt counts as earlier tokens.
+
+B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for the whole batch, or one per row (then a row's draw does not depend on its neighbours)."""
+
+
+def repetition_penalty(logits_BV: torch.Tensor, tokens: Sequence[Sequence[int]], penalty: float) -> torch.Tensor:
+    """Make the tokens that row b holds already (`tokens[b]`) less probable; a penalty below 1 favours them."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for seen_V, ids in zip(seen_BV, tokens, strict=True):
+        seen_V[torch.tensor(list(set(ids)), dtype=torch.long, device=logits_BV.device)] = True
+    penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, penalised_BV, logits_BV)
+
+
+def temperature(logits_BV: torch.Tensor, value: float) -> torch.Tensor:
+    """Logits over `value` > 0, the largest shifted to 0 first so that a tiny temperature does not overflow."""
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / value
+
+
+def top_k(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
+    """Keep the k largest logits, and whatever ties with the k-th."""
+    kth_B1 = logits_BV.topk(min(k, logits_BV.shape[-1])).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+
+
+def top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the nucleus: the smallest set of most probable tokens whose probability is at least p; p = 1 keeps all."""
+    if p >= 1:  # rounding in the sum must not cut the tail
+        return logits_BV
+    sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
+    probability_BV = sorted_BV.softmax(-1, dtype=torch.float64)
+    more_probable_BV = probability_BV.cumsum(-1) - probability_BV
+    outside_BV = torch.zeros_like(order_BV, dtype=torch.bool).scatter(-1, order_BV, more_probable_BV >= p)
+    return logits_BV.masked_fill(outside_BV, -torch.inf)
+
+
+def min_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep tokens at least p times as probable as the most probable one."""
+    probability_BV = logits_BV.softmax(-1)
+    return logits_BV.masked_fill(probability_BV < p * probability_BV.amax(-1, keepdim=True), -torch.inf)
+
+
+def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
+    """next_B: the most probable token, the smallest id among equals."""
+    return logits_BV.argmax(-1)
+
+
+def draw(logits_BV: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """next_B drawn from softmax(logits), by inverting the distribution function at one uniform number per row.
+
+    float64 throughout, so that tokens rarer than 2^-24 keep their chance and a removed token is never drawn.
+    """
+    cdf_BV = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+    u_B1 = _uniform(len(logits_BV), generator).to(logits_BV.device)
+    next_B = torch.searchsorted(cdf_BV, u_B1 * cdf_BV[:, -1:], right=True).squeeze(-1)
+    return next_B.clamp(max=logits_BV.shape[-1] - 1)  # only NaN logits get past the end; the caller finds those
+
+
+def _uniform(rows: int, generator: Generators) -> torch.Tensor:
+    """u_B1 in [0, 1)."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(rows, 1, generator=generator, device=generator.device, dtype=torch.float64)
+    return torch.cat([torch.rand(1, 1, generator=g, device=g.device, dtype=torch.float64) for g in generator])
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """The random stream of one request: (seed, row) decide it, and nothing else."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class TokenSampler:
+    """`(logits_BV, tokens, generator) -> next_B`: the processors that are set, in the order above, then a draw.
+
+    Temperature 0 takes the most probable token (after the penalty) and needs no generator.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __call__(
+        self, logits_BV: torch.Tensor, tokens: Sequence[Sequence[int]], generator: Generators | None
+    ) -> torch.Tensor:
+        if self.repetition_penalty != 1:
+            logits_BV = repetition_penalty(logits_BV, tokens, self.repetition_penalty)
+        if self.temperature == 0:
+            return greedy(logits_BV)
+        assert generator is not None, "sampling needs a generator"
+        return draw(self.truncated(logits_BV), generator)
+
+    def truncated(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Logits after temperature, top-k, top-p and min-p: their softmax is what is drawn from."""
+        logits_BV = temperature(logits_BV, self.temperature)
+        if self.top_k is not None:
+            logits_BV = top_k(logits_BV, self.top_k)
+        if self.top_p is not None:
+            logits_BV = top_p(logits_BV, self.top_p)
+        if self.min_p is not None:
+            logits_BV = min_p(logits_BV, self.min_p)
+        return logits_BV

@@ -1,0 +1,79 @@
+"""`sky sample`: text on stdout, as asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sky_core import api
+from sky_core.cli.sample import sample
+from sky_core.errors import UserError
+from sky_core.generate.text import generate
+from sky_core.model.language_model import LanguageModel
+from sky_core.tokenizer.byte import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture(autouse=True)
+def a_run(monkeypatch: pytest.MonkeyPatch, tiny_model: LanguageModel) -> None:
+    monkeypatch.setattr(api, "load", lambda source: (tiny_model, BYTES))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(sample, ["a-run", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_stream_and_the_whole_are_the_prompt_and_its_continuation(tiny_model: LanguageModel) -> None:
+    text = generate(tiny_model, BYTES, "to be", max_new_tokens=20, seed=3)
+    for flags in ([], ["--no-stream"]):
+        assert run("--prompt", "to be", "--max-new-tokens", "20", "--seed", "3", *flags) == f"to be{text}\n"
+
+
+def test_options_reach_the_sampler(tiny_model: LanguageModel) -> None:
+    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    flags = [flag for name, value in options.items() for flag in (f"--{name.replace('_', '-')}", str(value))]
+    text = generate(tiny_model, BYTES, "a", max_new_tokens=20, stop=["e", "zz"], **options)
+    assert run("--prompt", "a", "--max-new-tokens", "20", *flags, "--stop", "e", "--stop", "zz") == f"a{text}\n"
+
+
+def test_json_holds_every_sample_of_every_prompt(tiny_model: LanguageModel, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("é\n", encoding="utf-8")
+    arguments = ["--prompt", "a", "--prompt-file", str(file), "--n", "2", "--max-new-tokens", "5", "--json"]
+    records = json.loads(run(*arguments))
+    assert [record["prompt"] for record in records] == ["a", "a", "é\n", "é\n"]
+    assert [record["text"] for record in records] == generate(
+        tiny_model, BYTES, ["a", "a", "é\n", "é\n"], max_new_tokens=5
+    )
+    assert records[0].keys() == {"prompt", "text", "tokens", "logprobs", "finish"}
+    assert records[0]["finish"] == "length"
+
+
+def test_several_samples_are_told_apart() -> None:
+    first, second = run("--prompt", "a", "--n", "2", "--max-new-tokens", "4").split("-" * 20 + "\n")
+    assert first.startswith("a")
+    assert second.startswith("a")
+    assert first != second
+
+
+def test_without_a_prompt_a_document_begins(tiny_model: LanguageModel) -> None:
+    assert run("--max-new-tokens", "6") == generate(tiny_model, BYTES, "", max_new_tokens=6) + "\n"
+
+
+def test_a_prompt_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "binary"
+    file.write_bytes(b"ok\xff")
+    with pytest.raises(UserError, match=r"binary: not UTF-8 text \(byte 2\)"):
+        run("--prompt-file", str(file))
+
+
+def test_an_option_out_of_range_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "load", lambda source: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="top_p"):
+        run("--top-p", "3")
