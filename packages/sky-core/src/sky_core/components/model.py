@@ -283,7 +283,7 @@ class Decoder(slots.Model):
     @model_validator(mode="after")
     def _fits_together(self) -> Decoder:
         def problem(message: str, **values: Any) -> PydanticCustomError:
-            return PydanticCustomError("decoder", message, {**self.__dict__, **values})  # type: ignore[arg-type]
+            return PydanticCustomError("decoder", message, {**self.__dict__, **values})
 
         if self.head_dim is None and self.d_model % self.n_head:
             raise problem(

@@ -10,6 +10,8 @@ B batch, T time, D model width, H query heads, G key/value heads, S keys, E widt
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -49,7 +51,7 @@ class SelfAttention(nn.Module):
 
         mask = ctx.mask
         if ctx.cache is not None:
-            cache = ctx.cache.layers[self.layer]
+            cache = cast(KVCache, ctx.cache.layers[self.layer])
             k_BGSE, v_BGSE = (z.to(q_BHTE.dtype) for z in cache.update(k_BGSE, v_BGSE, ctx))
         if ctx.prefixes and self.layer in ctx.prefixes:
             k_BGPE, v_BGPE = (z.to(q_BHTE.dtype).expand(len(x_BTD), -1, -1, -1) for z in ctx.prefixes[self.layer])

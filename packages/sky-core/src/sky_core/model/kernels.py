@@ -34,7 +34,7 @@ def attention_weights(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, mask: Mask, *,
     scores_BHTS = (q_BGRTE @ k_BGSE[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
     if scores_BHTS.dtype in (torch.bfloat16, torch.float16):
         scores_BHTS = scores_BHTS.float()
-    hidden = ~dense_mask(mask, *scores_BHTS.shape[-2:], scores_BHTS.device)
+    hidden = ~dense_mask(mask, q_BHTE.shape[2], k_BGSE.shape[2], scores_BHTS.device)
     # The lowest finite number, not -inf: a row with nothing to see must have finite gradients too.
     scores_BHTS = scores_BHTS.masked_fill(hidden, torch.finfo(scores_BHTS.dtype).min)
     return scores_BHTS.softmax(dim=-1).masked_fill(hidden, 0.0)

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class LanguageModel(nn.Module, ABC):
-    """Predicts the next token. Base state-dict keys never change, whatever is attached from outside."""
+    """Predicts the next token. Base state-dict keys never change, whatever is attached from outside.
+
+    The taps of adapters (`sky_core.model.adapter`) are its linear layers, `context_hooks`, and the parts called
+    `embed_tokens`, `layers` and `norm`.
+    """
 
     vocab_size: int
     max_length: int
