@@ -197,9 +197,10 @@ def _has(node: Any, key: str | int) -> bool:
 def _set(node: Any, key: str | int, value: Any, override: str) -> None:
     if isinstance(node, list) and not _has(node, key):
         raise ConfigError(f"{override!r}: the list has {len(node)} entries, there is no {key!r} (they count from 0)")
-    old = node.get(key) if isinstance(node, dict) else None
-    merges = isinstance(old, dict) and isinstance(value, dict)
-    node[key] = merge(old, value) if merges else value
+    if isinstance(node, dict):
+        node.update(merge(node, {key: value}))
+    else:
+        node[key] = value
 
 
 def _problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
@@ -240,7 +241,7 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
         if isinstance(part, str) and current is not None:
             field = current.model_fields.get(part)
             slot = _find(field.annotation, field.metadata) if field else None
-            current = field.annotation if field and isinstance(field.annotation, type) else None
+            current = _table(field.annotation) if field else None
         if slot is not None:
             kind = (
                 data
@@ -250,9 +251,15 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
                 else None
             )
             current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
-    if current is None or not issubclass(current, Schema):
+    if current is None:
         return []
     return [*(["kind"] if issubclass(current, Component) and slot else []), *current.model_fields]
+
+
+def _table(annotation: Any) -> type[Schema] | None:
+    """The table that an annotation (`Table`, `Table | None`) means."""
+    candidates = (annotation, *get_args(annotation))
+    return next((one for one in candidates if isinstance(one, type) and issubclass(one, Schema)), None)
 
 
 def _find(annotation: Any, metadata: Iterable[Any] = ()) -> _Slot | None:

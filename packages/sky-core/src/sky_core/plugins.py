@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -32,6 +31,10 @@ GROUP = "sky"
 
 FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {}
 """Distribution -> slot -> kinds, for the hint where a missing kind is found. The one place where core names plugins."""
+
+
+Offers = list[tuple[str, type[Component]]]
+"""What one plugin offers: (slot, component class)."""
 
 
 @dataclass
@@ -88,23 +91,23 @@ def load_plugins(selection: list[str] | None = None) -> Plugins:
 
     import sky_core.plugin
 
-    manager.register(sky_core.plugin, "core")
+    offers = {"core": _register(manager, sky_core.plugin, "core")}
     found = [Plugin("core", "sky-core", __version__, "active")]
     points = {} if selection == [] else {point.name: point for point in sorted(entry_points(group=GROUP))}
     for name in points:
         if selection is None:
-            found.append(_load_installed(manager, points[name], required=False))
+            found.append(_load_installed(manager, offers, points[name], required=False))
     for asked in selection or []:
         if asked.endswith(".py"):
-            found.append(_load_file(manager, Path(asked)))
+            found.append(_load_file(manager, offers, Path(asked)))
         else:
-            found.append(_load_installed(manager, _entry_point(asked, points), required=True))
+            found.append(_load_installed(manager, offers, _entry_point(asked, points), required=True))
     if selection is not None:
         used = {plugin.name for plugin in found}
         found += [_describe(point, "unused") for name, point in points.items() if name not in used]
     found[1:] = sorted(found[1:], key=lambda plugin: plugin.name)
 
-    catalog, offered_by = _collect(manager)
+    catalog, offered_by = _merge(offers)
     for plugin in found:
         if plugin.status == "active":
             callers = manager.get_hookcallers(manager.get_plugin(plugin.name)) or []
@@ -147,14 +150,16 @@ def _entry_point(asked: str, points: dict[str, EntryPoint]) -> EntryPoint:
     return point
 
 
-def _load_installed(manager: pluggy.PluginManager, point: EntryPoint, *, required: bool) -> Plugin:
+def _load_installed(
+    manager: pluggy.PluginManager, offers: dict[str, Offers], point: EntryPoint, *, required: bool
+) -> Plugin:
     plugin = _describe(point, "active")
     try:
         module = point.load()
         _check_api(module)
-        _register(manager, module, point.name)
+        offers[point.name] = _register(manager, module, point.name)
     except Exception as error:  # whatever a stranger's module raises on import, the run must name the plugin
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = _one_line(error)
         if required:
             label = f"{plugin.distribution} {plugin.version}"
             raise PluginError(f"plugin '{point.name}' ({label}) failed to load: {reason}") from error
@@ -162,7 +167,7 @@ def _load_installed(manager: pluggy.PluginManager, point: EntryPoint, *, require
     return plugin
 
 
-def _load_file(manager: pluggy.PluginManager, path: Path) -> Plugin:
+def _load_file(manager: pluggy.PluginManager, offers: dict[str, Offers], path: Path) -> Plugin:
     """A loose file `./my_attention.py`: the way from a notebook to a plugin."""
     if not path.is_file():
         raise PluginError(f"plugins: there is no file {str(path)!r}")
@@ -172,12 +177,16 @@ def _load_file(manager: pluggy.PluginManager, path: Path) -> Plugin:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        _register(manager, module, path.stem)
+        offers[path.stem] = _register(manager, module, path.stem)
     except Exception as error:  # a user's own file: any failure is reported with the file's name
         del sys.modules[spec.name]
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = _one_line(error)
         raise PluginError(f"plugin file {str(path)!r} failed to load: {reason}") from error
     return Plugin(path.stem, str(path), "file", "active")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_api(module: ModuleType) -> None:
@@ -189,35 +198,33 @@ def _check_api(module: ModuleType) -> None:
         raise PluginError(f"it was written for sky API {written_for}, this sky-core has API {API_VERSION}; {which}")
 
 
-def _register(manager: pluggy.PluginManager, module: ModuleType, name: str) -> None:
-    """Register and validate; a plugin that fails leaves no trace in the manager."""
+def _register(manager: pluggy.PluginManager, module: ModuleType, name: str) -> Offers:
+    """Register a plugin and take its offers; one that fails leaves no trace in the manager."""
     if manager.has_plugin(name):
         raise PluginError(f"two plugins are called {name!r}; rename one of them")
     try:
         manager.register(module, name)
         manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        manager.unregister(module)
-        raise PluginError(f"{error} (is it written for a newer sky-core?)") from error
+        return _offers(manager, module, name)
+    except Exception as error:  # re-raised at once: only the half-registered plugin is taken back
+        if manager.is_registered(module):
+            manager.unregister(module)
+        if isinstance(error, pluggy.PluginValidationError):
+            raise PluginError(f"{error} (is it written for a newer sky-core?)") from error
+        raise
 
 
-def _collect(manager: pluggy.PluginManager) -> tuple[dict[str, dict[str, type[Component]]], dict[tuple[str, str], str]]:
-    """Call every offer hook once; wrong records and double names are errors that name the plugins."""
-    catalog: dict[str, dict[str, type[Component]]] = {base.slot: {} for base in HOOKS.values()}
-    offered_by: dict[tuple[str, str], str] = {}
-    for hook, base in HOOKS.items():
-        implementations = sorted(getattr(manager.hook, hook).get_hookimpls(), key=lambda impl: impl.plugin_name)
-        for implementation in implementations:
-            offered: Iterable[type[Component]] = implementation.function()
-            for component in offered:
-                _check_offer(component, base, hook, implementation.plugin_name)
-                first = offered_by.setdefault((base.slot, component.kind), implementation.plugin_name)
-                if catalog[base.slot].setdefault(component.kind, component) is not component:
-                    raise PluginError(
-                        f"plugins {first!r} and {implementation.plugin_name!r} both offer the {base.slot}"
-                        f" {component.kind!r}; leave one out with plugins:, or rename one"
-                    )
-    return catalog, offered_by
+def _offers(manager: pluggy.PluginManager, module: ModuleType, name: str) -> Offers:
+    """Call the plugin's offer hooks, each once."""
+    offers: Offers = []
+    for caller in manager.get_hookcallers(module) or []:
+        base = HOOKS.get(caller.name)
+        if base is not None:
+            function = next(impl.function for impl in caller.get_hookimpls() if impl.plugin is module)
+            for component in function():
+                _check_offer(component, base, caller.name, name)
+                offers.append((base.slot, component))
+    return offers
 
 
 def _check_offer(component: object, base: type[Component], hook: str, plugin: str) -> None:
@@ -227,3 +234,18 @@ def _check_offer(component: object, base: type[Component], hook: str, plugin: st
         raise PluginError(
             f'plugin {plugin!r}: {component.__name__} has no kind; write `kind: ClassVar = "..."` in its body'
         )
+
+
+def _merge(offers: dict[str, Offers]) -> tuple[dict[str, dict[str, type[Component]]], dict[tuple[str, str], str]]:
+    """One catalogue of all offers, and who offered what; a name that two plugins claim is an error naming both."""
+    catalog: dict[str, dict[str, type[Component]]] = {base.slot: {} for base in HOOKS.values()}
+    offered_by: dict[tuple[str, str], str] = {}
+    for plugin, components in offers.items():
+        for slot, component in components:
+            first = offered_by.setdefault((slot, component.kind), plugin)
+            if catalog[slot].setdefault(component.kind, component) is not component:
+                raise PluginError(
+                    f"plugins {first!r} and {plugin!r} both offer the {slot} {component.kind!r};"
+                    " leave one out with plugins:, or rename one"
+                )
+    return catalog, offered_by

@@ -209,7 +209,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Run every eval task; true when the loss is a new best and the best is to be kept."""
-        with self.ema.swapped() if self.ema else nullcontext():
+        with self.ema.swapped_in() if self.ema else nullcontext():
             results: dict[str, float] = {}
             for task in self.evals:
                 results |= task(self.model, self.tokenizer, self.dataset, self.engine.autocast)
