@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sky_core.testing.generation import SamplerContract as SamplerContract
     from sky_core.testing.layers import BlockContract as BlockContract
     from sky_core.testing.layers import FeedForwardContract as FeedForwardContract
-    from sky_core.testing.layers import KernelContract as KernelContract
+    from sky_core.testing.kernel import KernelContract as KernelContract
     from sky_core.testing.layers import NormContract as NormContract
     from sky_core.testing.layers import PositionContract as PositionContract
     from sky_core.testing.memory import MemoryContract as MemoryContract
@@ -46,7 +46,7 @@ _HOME = {
     "AttentionContract": "attention",
     "BlockContract": "layers",
     "FeedForwardContract": "layers",
-    "KernelContract": "layers",
+    "KernelContract": "kernel",
     "NormContract": "layers",
     "PositionContract": "layers",
     "ModelContract": "model",

@@ -24,6 +24,7 @@ from sky_core.testing.workbench import (
     component,
     context,
     dense_kernel,
+    fresh,
     noise,
     shaken,
 )
@@ -58,9 +59,8 @@ class AttentionContract(ComponentContract):
         """The layer under test with random weights, in evaluation mode."""
         changes = self.spec | changes
         head_dim = changes.get("head_dim", 8)
-        position = component("position", changes.pop("position", self.position)).build(32, head_dim, 32)  # type: ignore[attr-defined]
-        torch.manual_seed(0)
-        return shaken(self.component.build(attention_spec(position, **changes)))
+        position = component("position", changes.pop("position", self.position)).build(32, head_dim, 32)
+        return shaken(fresh(self.component.build, attention_spec(position.in_layers(), **changes)))
 
     def sees(self, t: int, s: int) -> bool:
         return s <= t if self.visible is None else type(self).visible(t, s)  # type: ignore[misc]

@@ -47,10 +47,14 @@ class TokenizerContract(ComponentContract):
     any_text: ClassVar[bool] = True
     """Represents every Unicode text; if not, text with an unseen character is refused with a `UserError`."""
 
-    @pytest.fixture(scope="class")
+    trained: ClassVar[BuiltTokenizer]
+
+    @pytest.fixture
     def tokenizer(self) -> BuiltTokenizer:
-        """The tokenizer trained on `corpus`, once for all tests."""
-        return self.component.train(iter(self.corpus))
+        """The tokenizer trained on `corpus`, once for all tests of a class: a tokenizer does not change."""
+        if "trained" not in vars(type(self)):
+            type(self).trained = self.component.train(iter(self.corpus))
+        return self.trained
 
     @pytest.mark.parametrize("name", NASTY)
     def test_text_comes_back_exactly(self, tokenizer: BuiltTokenizer, name: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,7 +19,10 @@ from sky_core.component import Component, active_catalog
 from sky_core.data.dataset import IGNORE, Batch, Dataset
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
+from sky_core.model.init import init_weights
 from sky_core.model.mask import Mask
+from sky_core.model.norm import RMSNorm
+from sky_core import slots
 from sky_core.slots import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ LAYER, LAYERS = 1, 3
 TEXT = "the cat sat on the mat and the dog sat on the log; a cat and a dog, a mat and a log. "
 
 
-def component(slot: str, kind: str, **options: Any) -> Component:
+def component(slot: str, kind: str, **options: Any) -> Any:
     """The component that a run file would get with `{kind: kind, **options}`."""
     return active_catalog()[slot][kind].model_validate(options)
 
@@ -76,12 +80,20 @@ _SPEC: dict[str, Any] = {
     "dropout": 0.0,
     "bias": True,
     "initializer_range": 0.3,
-    "norm": nn.RMSNorm,
+    "norm": partial(RMSNorm, eps=1e-6),
 }
 
 
+def fresh(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """What `build` makes, with the weights that a model would start it from, in evaluation mode."""
+    torch.manual_seed(0)
+    module = build(*arguments)
+    init_weights(module, _SPEC["initializer_range"], LAYERS)
+    return module.eval()
+
+
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
-    """`module` in evaluation mode with noise on every parameter: gains of 1 and biases of 0 would hide errors."""
+    """`module` in evaluation mode with noise on every parameter: gains of 1 and biases of 0 hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -106,7 +118,7 @@ class Feed:
         self.cache: Cache | None = None
         if cached:
             states: dict[str, list[Any]] = {"layers": [None] * LAYERS, "memories": [None] * LAYERS}
-            states[slot][LAYER] = layer.new_cache(batch, 32, torch.device("cpu"), torch.float32)  # type: ignore[operator]
+            states[slot][LAYER] = layer.new_cache(batch, 32, torch.device("cpu"), torch.float32)
             self.cache = Cache([0] * batch, 32, **states)
 
     def __call__(self, x_BTD: torch.Tensor, counts: list[int] | None = None, **options: Any) -> torch.Tensor:
@@ -123,39 +135,25 @@ def context(
     batch: int,
     tokens: int,
     *,
-    cache: Cache | None = None,
     counts: list[int] | None = None,
-    documents_BT: torch.Tensor | None = None,
-    prefix_B: torch.Tensor | None = None,
     prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
-    causal: bool = True,
+    **options: Any,
 ) -> Context:
-    """The context that a model would make for `tokens` more tokens of each row after what `cache` holds."""
-    lengths = cache.lengths if cache is not None else [0] * batch
-    aligned = len(set(lengths)) == 1
-    slots_BT = torch.tensor(lengths)[:, None] + torch.arange(tokens)
+    """The context of a pass over `tokens` tokens of each row; options as for `Context.begin`.
+
+    `counts` are the real tokens of right-padded rows, `prefix` the key/value pairs of the tested layer.
+    """
     valid_BT = None if counts is None else torch.arange(tokens) < torch.tensor(counts)[:, None]
-    mask = Mask(
-        causal=causal,
-        prefix_B=prefix_B,
-        documents_BS=documents_BT,
-        slots_BT=None if aligned else slots_BT,
-    )
-    return Context(
-        positions_BT=slots_BT,
-        mask=mask,
-        end=max(lengths) + tokens,
-        aligned=aligned,
-        slots_BT=None if aligned else slots_BT,
-        valid_BT=valid_BT,
-        cache=cache,
-        prefixes={} if prefix is None else {LAYER: prefix},
-    )
+    ctx = Context.begin(torch.zeros(batch, tokens, dtype=torch.long), 32, valid_BT=valid_BT, **options)
+    if prefix is not None:
+        ctx.prefixes[LAYER] = prefix
+    return ctx
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal up to `tolerance` relative to the largest value (fp32 sums of about a hundred terms stay below 1e-5)."""
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    actual, expected = actual.detach(), expected.detach()
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
@@ -207,22 +205,36 @@ def assert_same_weights(module: nn.Module, expected: dict[str, torch.Tensor]) ->
 
 def tiny_tokenizer() -> Tokenizer:
     """Bytes: every text, nothing to learn."""
-    return component("tokenizer", "byte").train([])  # type: ignore[attr-defined]
+    return component("tokenizer", "byte").train([])
+
+
+TINY = {"n_layer": 2, "n_head": 2, "d_model": 16, "max_length": 64}
+"""Options of the tiny decoder."""
 
 
 def tiny_model(vocab_size: int, seed: int = 0, **options: Any) -> LanguageModel:
     """A decoder of two layers of width 16 for sequences up to 64 tokens, seeded, in evaluation mode."""
-    options = {"n_layer": 2, "n_head": 2, "d_model": 16, "max_length": 64, "dropout": 0.0} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return component("model", "decoder", **options).build(vocab_size).eval()  # type: ignore[attr-defined]
+        return component("model", "decoder", **(TINY | options)).build(vocab_size).eval()
 
 
 def tiny_run(**tables: Any) -> Run:
-    """A run of three steps over `tables`; nothing it names exists, so build its model and data yourself."""
-    from sky_core.config import parse_run
+    """A run of three steps of four sequences of `TinyDataset` with the tiny decoder; `tables` replace its tables."""
+    from sky_core.config import run_schema
 
-    return parse_run({"train": {"steps": 3}, "data": {"kind": "tokens", "path": "nowhere"}, "plugins": []} | tables)
+    train = {"steps": 3, "batch_tokens": 64, "precision": "fp32", "dry_run": False}
+    given = {"data": TinyData(), "model": TINY, "train": train, "schedule": "constant", "optimizer": {"lr": 0.01}}
+    return run_schema().model_validate(given | tables)
+
+
+class TinyData(slots.Dataset):
+    """A few sentences in memory, as bytes; for tests."""
+
+    kind: ClassVar = "tiny"
+
+    def build(self, seed: int, tokenizer: slots.Tokenizer | None) -> TinyDataset:
+        return TinyDataset(tokenizer.train([TEXT]) if tokenizer is not None else tiny_tokenizer(), seed=seed)
 
 
 class TinyDataset(Dataset):
