@@ -65,13 +65,10 @@ class Context:
         end = max(lengths, default=0) + time
         if cache is None and end > max_length:
             raise ValueError(f"{time} tokens, but the model's context is max_length={max_length}: cut the sequence")
-        if cache is not None and end > cache.max_length:
-            raise ValueError(
-                f"the cache has room for {cache.max_length} tokens per row: row {lengths.index(max(lengths))} holds"
-                f" {max(lengths)} and {time} more do not fit; drop full rows (cache.select) or make a longer cache"
-            )
-        if cache is not None and documents_BT is not None:
-            raise ValueError("documents_BT cannot be used with a cache: give each document a row of its own")
+        if cache is not None:
+            if documents_BT is not None:
+                raise ValueError("documents_BT cannot be used with a cache: give each document a row of its own")
+            _check_cached(cache, time, valid_BT, prefix_B)
 
         aligned = len(set(lengths)) <= 1
         slots_BT = torch.arange(end - time, end, device=tokens_BT.device)[None]
@@ -105,3 +102,23 @@ class Context:
     def add_loss(self, name: str, value: torch.Tensor) -> None:
         """Add a scalar (a mean over tokens) to the auxiliary loss `name`."""
         self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+
+def _check_cached(cache: Cache, time: int, valid_BT: torch.Tensor | None, prefix_B: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless `time` more tokens of every row fit into the cache as they come."""
+    longest = max(cache.lengths)
+    if longest + time > cache.max_length:
+        raise ValueError(
+            f"the cache has room for {cache.max_length} tokens per row: row {cache.lengths.index(longest)} holds"
+            f" {longest} and {time} more do not fit; drop full rows (cache.select) or make a longer cache"
+        )
+    if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
+        raise ValueError("valid_BT has a real token behind padding: with a cache, pad rows on the right")
+    if prefix_B is not None:
+        counts = [time] * len(cache.lengths) if valid_BT is None else valid_BT.sum(1).tolist()
+        for row, prefix in enumerate(prefix_B.tolist()):
+            if prefix > cache.lengths[row] + counts[row]:
+                raise ValueError(
+                    f"row {row} has a prefix of {prefix} tokens, of which {cache.lengths[row] + counts[row]} are here:"
+                    " its tokens see each other, so they must come in one pass"
+                )

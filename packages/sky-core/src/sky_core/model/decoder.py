@@ -12,6 +12,7 @@ B batch, T time (tokens), D model width, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ class DecoderLM(LanguageModel):
         # Plain tuples: these modules are registered where they belong, inside their blocks.
         self._attentions, self._memories = tuple(attentions), tuple(memories)
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
+        self._compiled = False
         init_weights(self, config.initializer_range, config.n_layer)
 
     def _layer_spec(self, layer: int) -> LayerSpec:
@@ -119,10 +121,13 @@ class DecoderLM(LanguageModel):
         if collect is not None and "attention" in collect:
             collect["attention"] = {}
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer in self.layers:
-            x_BTD = self._recomputed(layer, x_BTD, ctx) if recompute else layer(x_BTD, ctx)
-            if collect is not None and "hidden_states" in collect:
-                states.append(x_BTD)
+        # Each step of decoding has another shape, and compiling it would cost far more than it saves.
+        eager = self._compiled and cache is not None
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            for layer in self.layers:
+                x_BTD = self._recomputed(layer, x_BTD, ctx) if recompute else layer(x_BTD, ctx)
+                if collect is not None and "hidden_states" in collect:
+                    states.append(x_BTD)
         if collect is not None:
             collect["losses"] = ctx.losses
             if "hidden_states" in collect:
@@ -170,9 +175,10 @@ class DecoderLM(LanguageModel):
         )
         return Cache([0] * batch, length, layers, memories)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, **options: Any) -> None:
         for layer in self.layers:
-            layer.compile()
+            layer.compile(**options)
+        self._compiled = True
 
     def n_parameters(self) -> dict[str, int]:
         head = [] if self.lm_head is None else [self.lm_head]

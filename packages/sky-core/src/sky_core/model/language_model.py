@@ -86,8 +86,11 @@ class LanguageModel(nn.Module, ABC):
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """Empty state for incremental decoding of up to `max_length` (default: the model's) tokens per row."""
 
-    def compile_layers(self) -> None:
-        """Compile each layer in place with `torch.compile`; names of parameters stay as they are."""
+    def compile_layers(self, **options: Any) -> None:
+        """Compile each layer in place with `torch.compile(**options)`; names of parameters stay as they are.
+
+        Passes with a cache run uncompiled.
+        """
         raise NotImplementedError
 
     def n_parameters(self) -> dict[str, int]:

@@ -82,18 +82,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_hidden = gradients and ctx.needs_input_grad[0]
         wants_weight = gradients and ctx.needs_input_grad[1]
+        wide = torch.promote_types(dtype, torch.float32)
         h_ND, w_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
         dh_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         dw_VD = None
-        total = None
-        for start in range(0, len(h_ND), rows):
+        total = hidden_ND.new_zeros((), dtype=wide)
+        for start in range(0, max(1, len(h_ND)), rows):  # an empty batch is one empty chunk
             h_CD, y_C = h_ND[start : start + rows], targets_N[start : start + rows]
             ignored_C1 = (y_C == IGNORE)[:, None]
             y_C1 = y_C[:, None].masked_fill(ignored_C1, 0)
             z_CV = h_CD @ w_VD.T
-            logp_CV = F.log_softmax(z_CV, dim=-1, dtype=torch.promote_types(dtype, torch.float32))
-            loss = -logp_CV.gather(1, y_C1).masked_fill_(ignored_C1, 0.0).sum()
-            total = loss if total is None else total + loss
+            logp_CV = F.log_softmax(z_CV, dim=-1, dtype=wide)
+            total -= logp_CV.gather(1, y_C1).masked_fill_(ignored_C1, 0.0).sum()
             if not (wants_hidden or wants_weight):
                 continue
             dz_CV = logp_CV.exp_()
@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part_VD = dz_CV.T @ h_CD
                 dw_VD = part_VD.to(weight_VD.dtype) if dw_VD is None else dw_VD.add_(part_VD)
         ctx.gradients = (dh_ND, dw_VD)
-        return hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32)) if total is None else total
+        return total
 
     @staticmethod
     @once_differentiable
