@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field, ValidationError
@@ -34,7 +34,7 @@ class Table(Schema):
     number: int = 1
     ratio: float = 0.5
     flag: bool = False
-    one: Slot[Part, "wide"] = Field(default={}, validate_default=True)
+    one: Slot[Part, Literal["wide"]] = Field(default={}, validate_default=True)
     many: Tiled[Part] = Field(default="plain", validate_default=True)
     maybe: Tiled[Part, None] = Field(default=None, validate_default=True)
 

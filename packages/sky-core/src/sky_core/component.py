@@ -16,10 +16,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Never, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, field_validator
 from pydantic_core import PydanticCustomError, core_schema
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeAliasType, TypeVar
 
 Catalog = Mapping[str, Mapping[str, "type[Component]"]]
 """What is on offer: slot -> kind -> component class."""
@@ -188,20 +191,28 @@ class _Tiled(_Slot):
         return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
 
 
-class Slot:
-    """`Slot[Base]`: one component of that slot. `Slot[Base, "kind"]`: that kind is meant when none is given."""
+if TYPE_CHECKING:
+    # What type checkers read: a slot holds a part of its base class, a tiled one a tuple of them.
+    Part = TypeVar("Part")
+    Kind = TypeVar("Kind", default=None)
+    Empty = TypeVar("Empty", default=Never)
+    Slot = TypeAliasType("Slot", Part, type_params=(Part, Kind))
+    Tiled = TypeAliasType("Tiled", tuple[Part | Empty, ...], type_params=(Part, Empty))
+else:
 
-    def __class_getitem__(cls, item: Any) -> Any:
-        base, default_kind = item if isinstance(item, tuple) else (item, None)
-        return Annotated[base, _Slot(base, default_kind)]
+    class Slot:
+        """`Slot[Base]`: one component of that slot. `Slot[Base, Literal["kind"]]`: that kind when none is given."""
 
+        def __class_getitem__(cls, item: Any) -> Any:
+            base, default_kind = (item[0], get_args(item[1])[0]) if isinstance(item, tuple) else (item, None)
+            return Annotated[base, _Slot(base, default_kind)]
 
-class Tiled:
-    """`Tiled[Base]`: one component, or a list tiled over the layers. `Tiled[Base, None]`: entries may be null."""
+    class Tiled:
+        """`Tiled[Base]`: one component, or a list tiled over the layers. `Tiled[Base, None]`: entries may be null."""
 
-    def __class_getitem__(cls, item: Any) -> Any:
-        base, optional = (item[0], True) if isinstance(item, tuple) else (item, False)
-        return Annotated[tuple[base, ...], _Tiled(base, optional=optional)]
+        def __class_getitem__(cls, item: Any) -> Any:
+            base, optional = (item[0], True) if isinstance(item, tuple) else (item, False)
+            return Annotated[tuple[base, ...], _Tiled(base, optional=optional)]
 
 
 def json_schema(table: type[Schema]) -> dict[str, Any]:

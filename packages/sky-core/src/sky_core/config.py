@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
@@ -50,8 +50,8 @@ class SampleSection(Schema):
     every: Annotated[int | None, Field(ge=1, description="steps between samples; null: none")] = None
     prompts: Annotated[list[str], Field(min_length=1, description="one sample for each")] = ["\n"]
     max_new_tokens: Annotated[int, Field(ge=1, description="tokens sampled for each prompt")] = 100
-    sampler: Annotated[Slot[slots.Sampler, "sample"], Field(description="how the next token is chosen")] = Field(
-        default={}, validate_default=True
+    sampler: Annotated[Slot[slots.Sampler, Literal["sample"]], Field(description="how the next token is chosen")] = (
+        Field(default={}, validate_default=True)
     )
 
 
@@ -65,7 +65,7 @@ class Run(Schema):
     plugins: Annotated[
         list[str] | None, Field(description="plugins to load (names, `name>=1.0`, ./file.py); null: all installed")
     ] = None
-    model: Annotated[Slot[slots.Model, "decoder"], Field(description="the architecture")] = Field(
+    model: Annotated[Slot[slots.Model, Literal["decoder"]], Field(description="the architecture")] = Field(
         default={}, validate_default=True
     )
     init: Annotated[str | None, Field(description="start from the weights of this run or folder")] = None
@@ -74,16 +74,16 @@ class Run(Schema):
         Slot[slots.Tokenizer] | None, Field(description="null: the one that the data was made with")
     ] = None
     data: Annotated[Slot[slots.Dataset], Field(description="where sequences come from")]
-    objective: Annotated[Slot[slots.Objective, "next_token"], Field(description="the loss")] = Field(
+    objective: Annotated[Slot[slots.Objective, Literal["next_token"]], Field(description="the loss")] = Field(
         default={}, validate_default=True
     )
-    optimizer: Annotated[Slot[slots.Optimizer, "adamw"], Field(description="how parameters move")] = Field(
+    optimizer: Annotated[Slot[slots.Optimizer, Literal["adamw"]], Field(description="how parameters move")] = Field(
         default={}, validate_default=True
     )
-    schedule: Annotated[Slot[slots.Schedule, "cosine"], Field(description="the learning rate over the steps")] = Field(
-        default={}, validate_default=True
-    )
-    train: Annotated[Slot[slots.Trainer, "fit"], Field(description="the training loop")]
+    schedule: Annotated[
+        Slot[slots.Schedule, Literal["cosine"]], Field(description="the learning rate over the steps")
+    ] = Field(default={}, validate_default=True)
+    train: Annotated[Slot[slots.Trainer, Literal["fit"]], Field(description="the training loop")]
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

@@ -71,9 +71,9 @@ class Fit(slots.Trainer):
     ] = 10
     max_minutes: Annotated[float | None, Field(gt=0, description="stop (saved, resumable) after this long")] = None
     dry_run: Annotated[bool, Field(description="try one micro-batch first, to find out-of-memory at once")] = True
-    engine: Annotated[Slot[slots.Engine, "local"], Field(description="where, and on how many processes, steps run")] = (
-        Field(default={}, validate_default=True)
-    )
+    engine: Annotated[
+        Slot[slots.Engine, Literal["local"]], Field(description="where, and on how many processes, steps run")
+    ] = Field(default={}, validate_default=True)
 
     def build(self, run: Run, directory: RunDirectory) -> Trainer:
         from sky_core.train.trainer import Trainer
