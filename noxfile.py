@@ -101,11 +101,11 @@ def install(session: nox.Session, *targets: str, torch: str = TORCH) -> None:
     session.install(f"torch=={torch}", *targets)
 
 
-def pytest(session: nox.Session, *args: str) -> None:
+def pytest(session: nox.Session, *args: str, **env: str) -> None:
     """Run pytest under the root configuration; the counts go to `.nox/reports`, where `make test` adds them up."""
     report = REPORTS / (re.sub(r"[^\w.]+", "-", session.name).strip("-") + ".xml")
     options = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", f"--junitxml={report}"]
-    session.run("python", "-m", "pytest", *options, *args, *session.posargs)
+    session.run("python", "-m", "pytest", *options, *args, *session.posargs, env=env)
 
 
 def with_siblings(package: Package, *extras: str) -> list[str]:
@@ -131,7 +131,8 @@ def lint(session: nox.Session) -> None:
     fix = "fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
-    session.run("mypy", "noxfile.py", "tools", *(str(package.path / "src") for package in PACKAGES))
+    sources = [str(package.path / "src") for package in PACKAGES]
+    session.run("mypy", "noxfile.py", "tools", *sources, env={"MYPYPATH": os.pathsep.join(sources)})
     session.run("python", "tools/workspace.py")
 
 
@@ -166,7 +167,7 @@ def alone(session: nox.Session) -> None:
     wheels = Path(session.create_tmp()) / "wheels"
     session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), CORE.target(), silent=True)
     install(session, str(max(wheels.glob("*.whl"), key=lambda wheel: wheel.stat().st_mtime)), "pytest")
-    pytest(session, str(CORE.path / "tests" / "test_alone.py"))
+    pytest(session, str(CORE.path / "tests" / "test_alone.py"), SKY_ALONE="1")
 
 
 @nox.session
