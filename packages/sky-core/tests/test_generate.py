@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sky_core.components.generation import Greedy, Sample
@@ -19,6 +19,7 @@ from sky_core.generate.text import generate
 from sky_core.generate.text_stream import TextStream
 from sky_core.model.cache import Cache
 from sky_core.model.language_model import LanguageModel
+from sky_core.testing.workbench import tiny_model
 from sky_core.tokenizer.byte import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -26,6 +27,12 @@ END = BYTES.end_of_text
 RAGGED = [
     list(text.encode()) for text in ("a", "to be", "or not to be, that", "xyz", "whether 'tis nobler in the mind")
 ]
+
+
+@pytest.fixture(params=["rope", "learned"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    """Random weights so large that every token hangs on the whole context: a mistake anywhere changes the text."""
+    return tiny_model(BYTES.vocab_size, position=request.param, initializer_range=0.3, tie_embeddings=False)
 
 
 class Scripted(LanguageModel):
@@ -78,92 +85,92 @@ def chain(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
 # what the model says
 
 
-def test_greedy_is_the_argmax_chain_of_the_parallel_forward(tiny_model: LanguageModel) -> None:
+def test_greedy_is_the_argmax_chain_of_the_parallel_forward(model: LanguageModel) -> None:
     for prompt in RAGGED:
-        assert generate_tokens(tiny_model, BYTES, [prompt], sampler=Greedy(), max_new_tokens=20)[0].tokens == chain(
-            tiny_model, prompt, 20
+        assert generate_tokens(model, BYTES, [prompt], sampler=Greedy(), max_new_tokens=20)[0].tokens == chain(
+            model, prompt, 20
         )
 
 
-def test_steps_give_the_logits_of_the_parallel_forward(tiny_model: LanguageModel) -> None:
+def test_steps_give_the_logits_of_the_parallel_forward(model: LanguageModel) -> None:
     tokens_BT = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
     lengths = [4, 11, 7]
     with torch.inference_mode():
-        cache = tiny_model.new_cache(3)
-        together = [prefill(tiny_model, [tokens_BT[b, :n].tolist() for b, n in enumerate(lengths)], cache)]
+        cache = model.new_cache(3)
+        together = [prefill(model, [tokens_BT[b, :n].tolist() for b, n in enumerate(lengths)], cache)]
         for t in range(8):
             next_B = torch.stack([tokens_BT[b, n + t] for b, n in enumerate(lengths)])
-            together.append(step(tiny_model, next_B, cache))
+            together.append(step(model, next_B, cache))
         for b, n in enumerate(lengths):
-            expected = tiny_model(tokens_BT[b : b + 1, : n + 8])[0, n - 1 :]
+            expected = model(tokens_BT[b : b + 1, : n + 8])[0, n - 1 :]
             # fp32 sums in another order: a few units in the last place
             torch.testing.assert_close(torch.stack([x[b] for x in together]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_greedy_row_is_the_same_alone_and_in_a_ragged_batch(tiny_model: LanguageModel) -> None:
-    together = generate_tokens(tiny_model, BYTES, RAGGED, sampler=Greedy(), max_new_tokens=30)
-    alone = [generate_tokens(tiny_model, BYTES, [p], sampler=Greedy(), max_new_tokens=30)[0] for p in RAGGED]
+def test_a_greedy_row_is_the_same_alone_and_in_a_ragged_batch(model: LanguageModel) -> None:
+    together = generate_tokens(model, BYTES, RAGGED, sampler=Greedy(), max_new_tokens=30)
+    alone = [generate_tokens(model, BYTES, [p], sampler=Greedy(), max_new_tokens=30)[0] for p in RAGGED]
     assert [row.tokens for row in together] == [row.tokens for row in alone]
     assert [row.text for row in together] == [row.text for row in alone]
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
-def test_a_sampled_row_does_not_depend_on_the_other_rows(tiny_model: LanguageModel) -> None:
+def test_a_sampled_row_does_not_depend_on_the_other_rows(model: LanguageModel) -> None:
     options = {"sampler": Sample(temperature=1.0, top_p=0.95), "max_new_tokens": 25, "seed": 4}
-    together = generate_tokens(tiny_model, BYTES, RAGGED, **options)
+    together = generate_tokens(model, BYTES, RAGGED, **options)
     for row in range(len(RAGGED)):
         others = [RAGGED[row] if i == row else [65 + i] * (i + 1) for i in range(row + 1)]
-        assert generate_tokens(tiny_model, BYTES, others, **options)[row].tokens == together[row].tokens
+        assert generate_tokens(model, BYTES, others, **options)[row].tokens == together[row].tokens
 
 
-def test_rows_that_end_early_leave_the_others_as_they_are(tiny_model: LanguageModel) -> None:
+def test_rows_that_end_early_leave_the_others_as_they_are(model: LanguageModel) -> None:
     options = {"sampler": Sample(temperature=1.5), "max_new_tokens": 40, "seed": 1}
-    free = generate_tokens(tiny_model, BYTES, RAGGED, **options)
-    stop = free[1].text[3:5]
-    stopped = generate_tokens(tiny_model, BYTES, RAGGED, **options, stop=stop)
-    assert stopped[1].finish == "stop"
-    assert len({len(row.tokens) for row in stopped}) > 1
+    free = generate_tokens(model, BYTES, RAGGED, **options)
+    stop = next(c for c in free[1].text[3:] if not any(c in other.text for other in [free[0], *free[2:]]))
+    stopped = generate_tokens(model, BYTES, RAGGED, **options, stop=stop)
+    assert [row.finish == "stop" for row in stopped] == [False, True, False, False, False]
     for before, after in zip(free, stopped, strict=True):
         assert after.tokens == before.tokens[: len(after.tokens)]
         assert after.text == before.text.split(stop)[0]
 
 
-def test_seeds_decide_the_sample(tiny_model: LanguageModel) -> None:
+def test_seeds_decide_the_sample(model: LanguageModel) -> None:
     def text(seed: int) -> str:
-        return generate(tiny_model, BYTES, "a", temperature=1.0, seed=seed, max_new_tokens=30)
+        return generate(model, BYTES, "a", temperature=1.0, seed=seed, max_new_tokens=30)
 
     assert text(0) == text(0)
     assert len({text(seed) for seed in range(5)}) == 5
 
 
 def test_equal_prompts_are_prefilled_once_and_sampled_apart(
-    tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
-    hidden = tiny_model.hidden
-    monkeypatch.setattr(tiny_model, "hidden", lambda x, **options: batches.append(len(x)) or hidden(x, **options))
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda x, **options: batches.append(len(x)) or hidden(x, **options))
     prompts = [[5, 6], [7], [5, 6], [5, 6]]
-    together = generate_tokens(tiny_model, BYTES, prompts, max_new_tokens=12, seed=2)
+    together = generate_tokens(model, BYTES, prompts, max_new_tokens=12, seed=2)
     assert batches[:2] == [2, 4]
     assert len({tuple(row.tokens) for row in together}) == 4
-    apart = generate_tokens(tiny_model, BYTES, [[5, 6], [7], [5, 6], [8]], max_new_tokens=12, seed=2)
-    assert [row.tokens for row in together[:3]] == [row.tokens for row in apart[:3]]
+    for row, prompt in enumerate(prompts):
+        apart = generate_tokens(model, BYTES, [*([9, i] for i in range(row)), prompt], max_new_tokens=12, seed=2)
+        assert apart[row].tokens == together[row].tokens
 
 
-def test_log_probabilities_are_the_models_own_over_the_whole_vocabulary(tiny_model: LanguageModel) -> None:
+def test_log_probabilities_are_the_models_own_over_the_whole_vocabulary(model: LanguageModel) -> None:
     prompt = RAGGED[1]
     sampler = Sample(temperature=0.5, top_k=5, repetition_penalty=1.5)
-    [row] = generate_tokens(tiny_model, BYTES, [prompt], sampler=sampler, max_new_tokens=10)
+    [row] = generate_tokens(model, BYTES, [prompt], sampler=sampler, max_new_tokens=10)
     with torch.no_grad():
-        logprob_TV = tiny_model(torch.tensor([prompt + row.tokens]))[0].log_softmax(-1)
+        logprob_TV = model(torch.tensor([prompt + row.tokens]))[0].log_softmax(-1)
     expected = [logprob_TV[len(prompt) - 1 + t, token].item() for t, token in enumerate(row.tokens)]
     assert row.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_top_p_near_zero_is_greedy(tiny_model: LanguageModel) -> None:
-    greedy = generate(tiny_model, BYTES, "so", temperature=0, max_new_tokens=20)
-    assert generate(tiny_model, BYTES, "so", temperature=1.0, top_p=1e-9, max_new_tokens=20) == greedy
+def test_top_p_near_zero_is_greedy(model: LanguageModel) -> None:
+    greedy = generate(model, BYTES, "so", temperature=0, max_new_tokens=20)
+    assert generate(model, BYTES, "so", temperature=1.0, top_p=1e-9, max_new_tokens=20) == greedy
 
 
 def test_the_penalty_sees_the_prompt_and_the_new_tokens() -> None:
@@ -200,10 +207,10 @@ def test_the_length_ends_a_row() -> None:
     assert (row.text, row.tokens, row.finish) == ("end", [*b"end"], "length")
 
 
-def test_no_new_tokens_is_no_text(tiny_model: LanguageModel) -> None:
-    assert generate(tiny_model, BYTES, ["a", "b"], max_new_tokens=0) == ["", ""]
-    assert list(generate(tiny_model, BYTES, "a", max_new_tokens=0, stream=True)) == []
-    assert generate(tiny_model, BYTES, [], max_new_tokens=5) == []
+def test_no_new_tokens_is_no_text(model: LanguageModel) -> None:
+    assert generate(model, BYTES, ["a", "b"], max_new_tokens=0) == ["", ""]
+    assert list(generate(model, BYTES, "a", max_new_tokens=0, stream=True)) == []
+    assert generate(model, BYTES, [], max_new_tokens=5) == []
 
 
 @pytest.mark.parametrize(
@@ -240,6 +247,7 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_whole() -> None:
     assert pieces("🎈".encode()[:3]) == ["\ufffd"]
 
 
+@example("xabcd", ["abcd", "c"], [5])
 @given(
     st.text(st.sampled_from("abé🎈"), max_size=30),
     st.lists(st.text(st.sampled_from("abé🎈"), min_size=1, max_size=4), max_size=3),
@@ -277,112 +285,112 @@ def test_text_does_not_depend_on_the_borders_of_tokens(text: str, stop: list[str
         assert any(text[len(mine[0]) :].startswith(s) for s in stop)
 
 
-def test_streams_of_several_prompts_name_the_prompt(tiny_model: LanguageModel) -> None:
+def test_streams_of_several_prompts_name_the_prompt(model: LanguageModel) -> None:
     prompts = ["a", "to be", "xyz"]
-    whole = generate(tiny_model, BYTES, prompts, max_new_tokens=15, seed=3)
+    whole = generate(model, BYTES, prompts, max_new_tokens=15, seed=3)
     parts = ["", "", ""]
-    for row, text in generate(tiny_model, BYTES, prompts, max_new_tokens=15, seed=3, stream=True):
+    for row, text in generate(model, BYTES, prompts, max_new_tokens=15, seed=3, stream=True):
         parts[row] += text
     assert parts == whole
 
 
-def test_a_stream_is_the_whole_text(tiny_model: LanguageModel) -> None:
-    whole = generate(tiny_model, BYTES, "to be", max_new_tokens=30, seed=9)
-    assert "".join(generate(tiny_model, BYTES, "to be", max_new_tokens=30, seed=9, stream=True)) == whole
+def test_a_stream_is_the_whole_text(model: LanguageModel) -> None:
+    whole = generate(model, BYTES, "to be", max_new_tokens=30, seed=9)
+    assert "".join(generate(model, BYTES, "to be", max_new_tokens=30, seed=9, stream=True)) == whole
 
 
 # past the context
 
 
-def test_generation_goes_on_past_the_context(tiny_model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_generation_goes_on_past_the_context(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "sky_core.generate"):
-        [row] = generate_tokens(tiny_model, BYTES, [RAGGED[1]], sampler=Greedy(), max_new_tokens=200)
-    assert len(row.tokens) == 200
+        [row] = generate_tokens(model, BYTES, [RAGGED[1]], sampler=Greedy(), max_new_tokens=200)
+    assert len(row.tokens) > 100
     ids, start = list(RAGGED[1]), 0
     with torch.no_grad():
-        for _ in range(200):
-            if len(ids) - start > tiny_model.max_length:
-                start = len(ids) - tiny_model.max_length // 2
-            ids.append(int(tiny_model(torch.tensor([ids[start:]]))[0, -1].argmax()))
+        for _ in row.tokens:
+            if len(ids) - start > model.max_length:
+                start = len(ids) - model.max_length // 2
+            ids.append(int(model(torch.tensor([ids[start:]]))[0, -1].argmax()))
     assert row.tokens == ids[len(RAGGED[1]) :]
     assert [record.getMessage() for record in caplog.records] == [
         "generating past the context of 64 tokens: a full row goes on from its last 32 tokens"
     ]
 
 
-def test_rows_pass_the_context_each_in_its_own_time(tiny_model: LanguageModel) -> None:
+def test_rows_pass_the_context_each_in_its_own_time(model: LanguageModel) -> None:
     options = {"sampler": Sample(temperature=1.0), "max_new_tokens": 130, "seed": 6}
-    together = generate_tokens(tiny_model, BYTES, RAGGED, **options)
+    together = generate_tokens(model, BYTES, RAGGED, **options)
     for row, prompt in enumerate(RAGGED):
         padded = [[1]] * row + [prompt]
-        assert generate_tokens(tiny_model, BYTES, padded, **options)[row].tokens == together[row].tokens
+        assert generate_tokens(model, BYTES, padded, **options)[row].tokens == together[row].tokens
 
 
-def test_a_prompt_as_long_as_the_context_is_the_longest(tiny_model: LanguageModel) -> None:
-    assert len(generate_tokens(tiny_model, BYTES, [[65] * 64], sampler=Greedy(), max_new_tokens=3)[0].tokens) == 3
+def test_a_prompt_as_long_as_the_context_is_the_longest(model: LanguageModel) -> None:
+    assert len(generate_tokens(model, BYTES, [[65] * 64], sampler=Greedy(), max_new_tokens=3)[0].tokens) == 3
     with pytest.raises(UserError, match=r"prompt 1 has 65 tokens, more than the model's context of 64"):
-        generate(tiny_model, BYTES, ["a", "b" * 65])
+        generate(model, BYTES, ["a", "b" * 65])
 
 
-def test_joined_caches_go_on_as_each_alone(tiny_model: LanguageModel) -> None:
+def test_joined_caches_go_on_as_each_alone(model: LanguageModel) -> None:
     with torch.inference_mode():
-        first, second = tiny_model.new_cache(1), tiny_model.new_cache(2)
-        prefill(tiny_model, [RAGGED[0]], first)
-        prefill(tiny_model, RAGGED[1:3], second)
+        first, second = model.new_cache(1), model.new_cache(2)
+        prefill(model, [RAGGED[0]], first)
+        prefill(model, RAGGED[1:3], second)
         both = join(first, second)
         assert both.lengths == [len(prompt) for prompt in RAGGED[:3]]
-        together = step(tiny_model, torch.tensor([7, 8, 9]), both)
-        apart = torch.cat([step(tiny_model, torch.tensor([7]), first), step(tiny_model, torch.tensor([8, 9]), second)])
+        together = step(model, torch.tensor([7, 8, 9]), both)
+        apart = torch.cat([step(model, torch.tensor([7]), first), step(model, torch.tensor([8, 9]), second)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
 # what it leaves behind, and what it refuses
 
 
-def test_the_model_and_the_generators_are_left_as_they_were(tiny_model: LanguageModel) -> None:
-    tiny_model.train()
-    frozen = next(module for module in tiny_model.modules() if module is not tiny_model)
+def test_the_model_and_the_generators_are_left_as_they_were(model: LanguageModel) -> None:
+    model.train()
+    frozen = next(module for module in model.modules() if module is not model)
     frozen.eval()
-    modes = [module.training for module in tiny_model.modules()]
+    modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
-    generate(tiny_model, BYTES, ["a", "bc"], max_new_tokens=3)
-    stream = generate(tiny_model, BYTES, "a", max_new_tokens=30, stream=True)
+    generate(model, BYTES, ["a", "bc"], max_new_tokens=3)
+    stream = generate(model, BYTES, "a", max_new_tokens=30, stream=True)
     next(stream)
     assert not torch.is_inference_mode_enabled()
-    assert not any(module.training for module in tiny_model.modules())
+    assert not any(module.training for module in model.modules())
     stream.close()
     del stream
-    assert [module.training for module in tiny_model.modules()] == modes
+    assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_trains_on_after_generating(tiny_model: LanguageModel) -> None:
-    generate(tiny_model, BYTES, "abc", max_new_tokens=3)
-    tiny_model.train()
+def test_a_model_trains_on_after_generating(model: LanguageModel) -> None:
+    generate(model, BYTES, "abc", max_new_tokens=3)
+    model.train()
     tokens_BT = torch.tensor([RAGGED[1]])
-    tiny_model.nll(tiny_model.hidden(tokens_BT), tokens_BT).backward()
-    assert all(parameter.grad is not None for parameter in tiny_model.parameters())
+    model.nll(model.hidden(tokens_BT), tokens_BT).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_generation_runs_in_bf16(tiny_model: LanguageModel) -> None:
+def test_generation_runs_in_bf16(model: LanguageModel) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        rows = generate_tokens(tiny_model, BYTES, RAGGED, sampler=Sample(top_p=0.9), max_new_tokens=90)
-    assert {len(row.tokens) for row in rows} == {90}
+        rows = generate_tokens(model, BYTES, RAGGED, sampler=Sample(top_p=0.9), max_new_tokens=90)
+    assert max(len(row.tokens) for row in rows) == 90, "past the context of 64"
     prompt = RAGGED[1]
     with torch.no_grad():
-        exact_TV = tiny_model(torch.tensor([(prompt + rows[1].tokens)[:64]]))[0].log_softmax(-1)
+        exact_TV = model(torch.tensor([(prompt + rows[1].tokens)[:64]]))[0].log_softmax(-1)
     expected = [exact_TV[len(prompt) - 1 + t, rows[1].tokens[t]].item() for t in range(50)]
     # bf16 keeps 8 bits: logits of order 1 are off by some 1e-2
     assert rows[1].logprobs[:50] == pytest.approx(expected, abs=0.05)
 
 
-def test_an_empty_prompt_starts_from_the_end_of_text(tiny_model: LanguageModel) -> None:
+def test_an_empty_prompt_starts_from_the_end_of_text(model: LanguageModel) -> None:
     assert (
-        generate(tiny_model, BYTES, "", temperature=0, max_new_tokens=10)
-        == generate_tokens(tiny_model, BYTES, [[END]], sampler=Greedy(), max_new_tokens=10)[0].text
+        generate(model, BYTES, "", temperature=0, max_new_tokens=10)
+        == generate_tokens(model, BYTES, [[END]], sampler=Greedy(), max_new_tokens=10)[0].text
     )
     with pytest.raises(UserError, match="give a prompt"):
-        generate(tiny_model, ByteTokenizer(end_of_text=False), "")
+        generate(model, ByteTokenizer(end_of_text=False), "")
 
 
 @pytest.mark.parametrize(
@@ -397,25 +405,25 @@ def test_an_empty_prompt_starts_from_the_end_of_text(tiny_model: LanguageModel) 
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_options_that_cannot_be_are_refused_at_once(
-    tiny_model: LanguageModel, options: dict[str, Any], message: str, stream: bool
+    model: LanguageModel, options: dict[str, Any], message: str, stream: bool
 ) -> None:
     with pytest.raises(UserError, match=message):
-        generate(tiny_model, BYTES, "a", stream=stream, **options)
+        generate(model, BYTES, "a", stream=stream, **options)
 
 
-def test_prompts_the_model_cannot_read_are_refused(tiny_model: LanguageModel) -> None:
+def test_prompts_the_model_cannot_read_are_refused(model: LanguageModel) -> None:
     for prompt, message in [([], "is empty"), ([1, 257], "outside the model's vocabulary of 257"), ([-1], "outside")]:
         with pytest.raises(UserError, match=message):
-            stream_tokens(tiny_model, BYTES, [prompt])
+            stream_tokens(model, BYTES, [prompt])
 
 
 @pytest.mark.parametrize("sampler", [Greedy(), Sample(top_p=0.9, min_p=0.1)])
-def test_logits_that_are_not_finite_are_an_error(tiny_model: LanguageModel, sampler: Any) -> None:
+def test_logits_that_are_not_finite_are_an_error(model: LanguageModel, sampler: Any) -> None:
     with torch.no_grad():
-        for parameter in tiny_model.parameters():
+        for parameter in model.parameters():
             parameter.fill_(math.nan)
     with pytest.raises(SkyError, match="no finite probability"):
-        generate(tiny_model, BYTES, "a", sampler=sampler)
+        generate(model, BYTES, "a", sampler=sampler)
 
 
 def test_pieces_say_what_happened() -> None:

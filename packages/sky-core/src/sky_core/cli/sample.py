@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -66,7 +67,7 @@ def sample(
     texts = [text for text in texts or [""] for _ in range(n)]
     model, tokenizer = load(run)
     ids = encode_prompts(tokenizer, texts)
-    options = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
 
     if len(texts) == 1 and stream and not as_json:
         click.secho(texts[0], bold=True, nl=False)

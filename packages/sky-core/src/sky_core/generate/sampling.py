@@ -21,10 +21,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-Generators = torch.Generator | Sequence[torch.Generator]
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 """One generator for the whole batch, or one per row (then a row's draw does not depend on its neighbours)."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from pydantic import ValidationError
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Ids of each prompt; an empty one becomes the token between documents. Raises `UserError` where there is none."""
     encoded = tokenizer.encode_batch(prompts)
-    if not all(encoded) and tokenizer.end_of_text is None:
+    start = tokenizer.end_of_text
+    if start is None:
+        if all(encoded):
+            return encoded
         raise UserError("the prompt is empty and the tokenizer has no end-of-text token to start from; give a prompt")
-    return [ids or [tokenizer.end_of_text] for ids in encoded]
+    return [ids or [start] for ids in encoded]
 
 
 def make_sampler(**options: float | None) -> Sample:
@@ -34,21 +37,40 @@ def make_sampler(**options: float | None) -> Sample:
         raise UserError("; ".join(problems)) from None
 
 
+class Options(TypedDict, total=False):
+    """Keywords of `generate` that do not decide what it returns."""
+
+    max_new_tokens: int
+    sampler: Sampler | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: str | Sequence[str]
+    seed: int
+
+
 @overload
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stream: Literal[False] = ..., **options: Any
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stream: Literal[False] = ..., **options: Unpack[Options]
 ) -> str: ...
 @overload
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: list[str], *, stream: Literal[False] = ..., **options: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: list[str],
+    *,
+    stream: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> list[str]: ...
 @overload
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stream: Literal[True], **options: Any
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stream: Literal[True], **options: Unpack[Options]
 ) -> Iterator[str]: ...
 @overload
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: list[str], *, stream: Literal[True], **options: Any
+    model: LanguageModel, tokenizer: Tokenizer, prompt: list[str], *, stream: Literal[True], **options: Unpack[Options]
 ) -> Iterator[tuple[int, str]]: ...
 def generate(
     model: LanguageModel,
