@@ -1,0 +1,5 @@
+"""Demonstration of a third party's skyGPT plugin. Importing this package imports no torch."""
+
+from importlib.metadata import version
+
+__version__ = version("sky-demo")
