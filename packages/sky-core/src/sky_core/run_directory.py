@@ -125,15 +125,18 @@ class RunDirectory:
 
     @contextmanager
     def log_file(self) -> Iterator[None]:
-        """Inside, what the project logs also goes to log.txt, with the time."""
+        """Inside, what the project and its plugins log also goes to log.txt, with the time."""
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger = logging.getLogger("sky_core")
-        logger.addHandler(handler)
+        handler.addFilter(lambda record: record.name.startswith("sky"))
+        core, root = logging.getLogger("sky_core"), logging.getLogger()
+        if not core.isEnabledFor(logging.INFO):
+            core.setLevel(logging.INFO)
+        root.addHandler(handler)
         try:
             yield
         finally:
-            logger.removeHandler(handler)
+            root.removeHandler(handler)
             handler.close()
 
     def lock(self) -> IO[str]:

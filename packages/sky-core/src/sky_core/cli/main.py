@@ -83,11 +83,23 @@ def app(debug: bool) -> None:
 
     A first model in minutes: sky quickstart. Shell completion: eval "$(_SKY_COMPLETE=bash_source sky)".
     """
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
-    )
+    root = logging.getLogger()
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not any(isinstance(handler, _Stderr) for handler in root.handlers):
+        root.addHandler(_Stderr())
     for noisy in ("torch", "asyncio", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to whatever sys.stderr is at that moment: a live display puts itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
 
 
 def main(arguments: list[str] | None = None) -> Any:
