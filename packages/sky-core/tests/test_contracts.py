@@ -41,7 +41,7 @@ class TestFull(AttentionContract):
 
 class TestFullWithNormedHeads(AttentionContract):
     component = model.Full()
-    spec = {"qk_norm": "head"}  # noqa: RUF012
+    spec = {"qk_norm": "head"}
     softmax = False
 
 

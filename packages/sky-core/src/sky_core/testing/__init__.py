@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from sky_core.testing.engine import TrainerContract as TrainerContract
     from sky_core.testing.generation import EvalContract as EvalContract
     from sky_core.testing.generation import SamplerContract as SamplerContract
+    from sky_core.testing.kernel import KernelContract as KernelContract
     from sky_core.testing.layers import BlockContract as BlockContract
     from sky_core.testing.layers import FeedForwardContract as FeedForwardContract
-    from sky_core.testing.kernel import KernelContract as KernelContract
     from sky_core.testing.layers import NormContract as NormContract
     from sky_core.testing.layers import PositionContract as PositionContract
     from sky_core.testing.memory import MemoryContract as MemoryContract

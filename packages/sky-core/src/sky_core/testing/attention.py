@@ -48,6 +48,8 @@ class AttentionContract(ComponentContract):
     """Decodes rows of different lengths in one batch."""
     prefixes: ClassVar[bool] = True
     """Lets every query see the key/value pairs of `ctx.prefixes` (the tap of prefix tuning)."""
+    prefix_shape: ClassVar[tuple[int, int, int] | None] = None
+    """Heads, key width and value width of such pairs; None: those of the `AttentionSpec`."""
     prefix_lm: ClassVar[bool] = True
     """Lets the first `prefix_B` tokens of a row see each other."""
     spec: ClassVar[dict[str, Any]] = {}
@@ -158,8 +160,9 @@ class AttentionContract(ComponentContract):
 
     def _prefix(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         spec = attention_spec(nn.Identity(), **self.spec)
-        shape = (2, spec.n_kv_head, 3, spec.head_dim)
-        return noise(*shape, seed=3).requires_grad_(), noise(*shape, seed=4).requires_grad_()
+        heads, k_width, v_width = self.prefix_shape or (spec.n_kv_head, spec.head_dim, spec.head_dim)
+        k_BGPE, v_BGPE = noise(2, heads, 3, k_width, seed=3), noise(2, heads, 3, v_width, seed=4)
+        return k_BGPE.requires_grad_(), v_BGPE.requires_grad_()
 
     def test_every_query_sees_the_key_value_prefix(self) -> None:
         layer, x_BTD = self.layer(), noise(2, 9, 32)

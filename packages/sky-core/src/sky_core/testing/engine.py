@@ -94,7 +94,7 @@ class EngineContract(ComponentContract):
         assert automatic.precision in ("fp32", "bf16")
 
     def test_steps_equal_those_of_a_plain_loop(self) -> None:
-        engine, step, loss_of = self.prepared()
+        engine, _, loss_of = self.prepared()
         norms = self.run(engine, loss_of, range(3), clip=0.5)
         plain = self.step()
         (optimizer,) = self.optimizers(plain)
@@ -130,12 +130,12 @@ class EngineContract(ComponentContract):
         assert norm == self.run(*self.prepared()[::2], range(1)), "gradients were left behind"
 
     def test_state_has_the_names_and_shapes_of_the_step(self) -> None:
-        engine, step, _ = self.prepared()
+        engine, _, _ = self.prepared()
         shapes = {name: tensor.shape for name, tensor in self.step().state_dict().items()}
         assert {name: tensor.shape for name, tensor in engine.state().items()} == shapes
 
     def test_optimizer_state_travels_by_parameter_name_bit_for_bit(self) -> None:
-        engine, step, loss_of = self.prepared()
+        engine, _, loss_of = self.prepared()
         self.run(engine, loss_of, range(2))
         names = set(dict(self.step().named_parameters()))
         state = {path: tensor.clone() for path, tensor in engine.optimizer_state().items()}
@@ -192,7 +192,10 @@ class _Witness:
 
 
 class TrainerContract(ComponentContract):
-    """A training loop whose length is its option `steps`. Override `run` when it needs other tables."""
+    """A training loop whose length is its option `steps`. Override `run` when it needs other tables.
+
+    Before `train()` comes `resume(folder)`, with None where nothing is to be continued.
+    """
 
     base = Trainer
 
@@ -205,6 +208,7 @@ class TrainerContract(ComponentContract):
 
     def test_it_runs_to_its_end(self, tmp_path: Path) -> None:
         trainer = self.built(tmp_path)
+        trainer.resume(None)
         result = trainer.train()
         assert (result.state, result.step) == ("done", self.component.steps)
 

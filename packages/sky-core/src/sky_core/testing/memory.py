@@ -128,7 +128,8 @@ class MemoryContract(ComponentContract):
 
     def test_every_parameter_gets_a_finite_gradient(self) -> None:
         memory = self.memory()
-        assert_every_parameter_learns(memory, self.read(self.feed(memory), noise(2, 2 * self.segment, 32)).square().sum())
+        y_BTD = self.read(self.feed(memory), noise(2, 2 * self.segment, 32))
+        assert_every_parameter_learns(memory, y_BTD.square().sum())
 
     def test_reading_draws_no_random_numbers(self) -> None:
         memory = self.memory()

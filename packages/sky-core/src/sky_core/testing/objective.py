@@ -14,7 +14,15 @@ from sky_core.data.dataset import IGNORE, Batch
 from sky_core.model.language_model import LanguageModel
 from sky_core.slots import Objective
 from sky_core.testing.component import ComponentContract
-from sky_core.testing.workbench import TinyDataset, assert_close, assert_same_weights, tiny_model, tiny_run, tiny_tokenizer, weights
+from sky_core.testing.workbench import (
+    TinyDataset,
+    assert_close,
+    assert_same_weights,
+    tiny_model,
+    tiny_run,
+    tiny_tokenizer,
+    weights,
+)
 from sky_core.tokenizer.base import Tokenizer
 from sky_core.train.objective import Loss
 from sky_core.train.objective import Objective as BuiltObjective
@@ -155,5 +163,3 @@ class ObjectiveContract(ComponentContract):
     def test_bf16_autocast_is_finite(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert self.loss(self.prepared()).total.isfinite()
-
-

@@ -1,4 +1,4 @@
-"""The contracts of optimizers (parameters into groups, state that travels) and schedules (pure functions of the step)."""
+"""The contracts of optimizers (groups of parameters, state that travels) and schedules (pure functions of the step)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ Loading this module imports no torch: each fixture imports what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ pytest.register_assert_rewrite("sky_core.testing")
 
 
 @pytest.fixture
-def sky_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def sky_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder and core's parts alone: no installed plugin, no state of an earlier test.
 
     Load further plugins with `sky_core.plugins.load_plugins(["./mine.py"])`; what was loaded before comes back after.
@@ -34,7 +33,7 @@ def sky_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     monkeypatch.setattr(plugins, "_loaded", None)
     monkeypatch.setattr(component, "_active", None)
     plugins.load_plugins()
-    yield folder
+    return folder
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from sky_core.component import Component, active_catalog
+from sky_core import slots
+from sky_core.component import active_catalog
 from sky_core.data.dataset import IGNORE, Batch, Dataset
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
 from sky_core.model.init import init_weights
 from sky_core.model.mask import Mask
 from sky_core.model.norm import RMSNorm
-from sky_core import slots
 from sky_core.slots import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
@@ -270,5 +270,3 @@ class TinyDataset(Dataset):
         targets_BT = torch.full_like(tokens_BT, IGNORE)
         targets_BT[:, :-1] = tokens_BT[:, 1:]
         return Batch(tokens_BT, targets_BT)
-
-
