@@ -38,7 +38,7 @@ CORE = PACKAGES[0]
 TORCH = pinned("torch")
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 REPORTS = ROOT / ".nox" / "reports"
-FIRST_PARTY = {package.name for package in PACKAGES}
+FIRST_PARTY = {package.name: package for package in PACKAGES}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are tiny, and two sessions may run side by side
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -108,15 +108,20 @@ def pytest(session: nox.Session, *args: str, **env: str) -> None:
     session.run("python", "-m", "pytest", *options, *args, *session.posargs, env=env)
 
 
+def own_tests(session: nox.Session, package: Package) -> None:
+    """A package's tests, without those that need the reference libraries."""
+    pytest(session, str(package.path / "tests"), f"--ignore={package.path / 'tests' / 'oracles'}")
+
+
 def with_siblings(package: Package, *extras: str) -> list[str]:
     return [package.target(*extras), *(other.target() for other in siblings(package, PACKAGES, *extras))]
 
 
-by_package = nox.parametrize("package", [nox.param(package, id=package.name) for package in PACKAGES])
+# Parameters are names: nox writes them into its report.
 package_and_torch = nox.parametrize(
     "package, torch",
     [
-        nox.param(package, version, id=f"{package.name}, torch-{version}")
+        nox.param(package.name, version, id=f"{package.name}, torch-{version}")
         for package in PACKAGES
         for version in dict.fromkeys([TORCH, oldest_torch(package)])
     ],
@@ -145,20 +150,20 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 @package_and_torch
-def tests(session: nox.Session, package: Package, torch: str) -> None:
+def tests(session: nox.Session, package: str, torch: str) -> None:
     """One package's tests, with only what it declares: its dependencies and its `test` extra."""
-    install(session, *with_siblings(package, "test"), torch=torch)
-    folder = package.path / "tests"
-    pytest(session, str(folder), f"--ignore={folder / 'oracles'}")
+    install(session, *with_siblings(FIRST_PARTY[package], "test"), torch=torch)
+    own_tests(session, FIRST_PARTY[package])
 
 
 @nox.session
-@nox.parametrize("package", [nox.param(p, id=p.name) for p in PACKAGES if "oracles" in p.extras])
-def oracles(session: nox.Session, package: Package) -> None:
+@nox.parametrize("package", names := [p.name for p in PACKAGES if "oracles" in p.extras], ids=names)
+def oracles(session: nox.Session, package: str) -> None:
     """Against the reference libraries: tests/oracles, and the test files that skip themselves without a library."""
-    install(session, *with_siblings(package, "test", "oracles"))
-    optional = [file for file in package.path.glob("tests/test_*.py") if "importorskip" in file.read_text("utf-8")]
-    pytest(session, *map(str, sorted([*package.path.glob("tests/oracles"), *optional])))
+    install(session, *with_siblings(FIRST_PARTY[package], "test", "oracles"))
+    folder = FIRST_PARTY[package].path / "tests"
+    optional = [file for file in folder.glob("test_*.py") if "importorskip" in file.read_text("utf-8")]
+    pytest(session, *map(str, sorted([*folder.glob("oracles"), *optional])))
 
 
 @nox.session
@@ -192,17 +197,16 @@ def contracts(session: nox.Session, plugin: str) -> None:
 
 
 @nox.session(python=PYTHONS[0])
-@by_package
-def minimums(session: nox.Session, package: Package) -> None:
+@nox.parametrize("package", list(FIRST_PARTY), ids=list(FIRST_PARTY))
+def minimums(session: nox.Session, package: str) -> None:
     """The oldest version of every declared dependency, on the oldest Python; torch stays where it is pinned."""
-    needs = package.requirements("test")
-    needs += [need for other in siblings(package, PACKAGES) for need in other.requirements()]
+    needs = FIRST_PARTY[package].requirements("test")
+    needs += [need for other in siblings(FIRST_PARTY[package], PACKAGES) for need in other.requirements()]
     floor = lowest(needs, apart={"torch", *FIRST_PARTY})
     constraints = Path(session.create_tmp()) / "minimums.txt"
     constraints.write_text("".join(f"{name}=={version}\n" for name, version in floor.items()))
-    install(session, "-c", str(constraints), *with_siblings(package, "test"))
-    folder = package.path / "tests"
-    pytest(session, str(folder), f"--ignore={folder / 'oracles'}")
+    install(session, "-c", str(constraints), *with_siblings(FIRST_PARTY[package], "test"))
+    own_tests(session, FIRST_PARTY[package])
 
 
 @nox.session(allow_parallel=False)

@@ -65,7 +65,7 @@ def outcomes(report: Path, reports: Path) -> list[Outcome]:
     """What nox recorded, with the counts of the tests of each session."""
     found = []
     for entry in json.loads(report.read_text(encoding="utf-8"))["sessions"]:
-        for name in entry["signatures"][-1:] or [entry["name"]]:
+        for name in entry["signatures"][:1] or [entry["name"]]:
             result = {"success": "passed", "aborted": "failed"}.get(entry["result"], entry["result"])
             outcome = Outcome(name, result, entry["duration"], entry["reason"] or "")
             outcome.read_tests(reports / f"{file_name(name)}.xml")
@@ -103,11 +103,11 @@ def run(options: list[str]) -> int:
     report.unlink(missing_ok=True)
     start = time.monotonic()
     code = subprocess.call([*NOX, "--parallel", "2", "--allow-parallel", "--report", str(report), *options], cwd=ROOT)
-    if not report.exists():
-        print(f"nox stopped with exit code {code} before it ran anything")
-        print("0 passed, 1 failed")
+    try:
+        found = outcomes(report, reports)
+    except (FileNotFoundError, json.JSONDecodeError):  # nox itself went down
+        print(f"nox stopped with exit code {code} before it had a report\n0 passed, 1 failed")
         return 1
-    found = outcomes(report, reports)
     print(table(found, time.monotonic() - start), flush=True)
     return int(code != 0 or not found or any(outcome.tests["failed"] for outcome in found))
 
