@@ -77,3 +77,10 @@ def test_an_option_out_of_range_is_refused_before_anything_is_loaded(monkeypatch
     monkeypatch.setattr(api, "load", lambda source: pytest.fail("loaded"))
     with pytest.raises(UserError, match="top_p"):
         run("--top-p", "3")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_printed() -> None:
+    result = CliRunner().invoke(sample, ["a-run", "--prompt", "a" * 65])
+    assert isinstance(result.exception, UserError)
+    assert "65 tokens" in str(result.exception)
+    assert result.stdout == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -106,12 +106,14 @@ def test_greedy_takes_the_smallest_id_among_equals() -> None:
     assert Greedy().build()(torch.tensor([[0.0, 3.0, 3.0]]), [[]], None).item() == 1
 
 
+@settings(deadline=None, max_examples=50)
 @given(logits_BV, st.integers(1, 40))
 def test_top_k_keeps_the_k_largest_and_their_ties(logits: torch.Tensor, k: int) -> None:
     kth = sorted(logits[0].tolist(), reverse=True)[min(k, logits.shape[1]) - 1]
     assert kept(sampling.top_k(logits, k)) == [i for i, x in enumerate(logits[0].tolist()) if x >= kth]
 
 
+@settings(deadline=None, max_examples=50)
 @given(logits_BV, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: float) -> None:
     probability_V = logits[0].softmax(0, dtype=torch.float64)
@@ -123,11 +125,13 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: fl
     assert not outside or probability_V[outside].max() <= probability_V[nucleus].min()
 
 
+@settings(deadline=None, max_examples=50)
 @given(logits_BV)
 def test_the_whole_nucleus_is_everything(logits: torch.Tensor) -> None:
     assert torch.equal(sampling.top_p(logits, 1.0), logits)
 
 
+@settings(deadline=None, max_examples=50)
 @given(logits_BV, st.floats(0, 1))
 def test_min_p_keeps_what_is_probable_relative_to_the_most_probable(logits: torch.Tensor, p: float) -> None:
     probability_V = logits[0].softmax(0)
@@ -136,6 +140,7 @@ def test_min_p_keeps_what_is_probable_relative_to_the_most_probable(logits: torc
     assert int(logits.argmax()) in expected
 
 
+@settings(deadline=None, max_examples=50)
 @given(logits_BV, st.sampled_from([{"top_k": 1}, {"top_p": 1e-6}]))
 def test_the_narrowest_truncation_draws_a_most_probable_token(logits: torch.Tensor, options: dict[str, float]) -> None:
     drawn = TokenSampler(**options)(logits, [[]], torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sky_core.generate import sampling
@@ -25,30 +25,35 @@ def assert_same_distribution(ours_BV: torch.Tensor, theirs_BV: torch.Tensor) -> 
     torch.testing.assert_close(ours_BV.softmax(-1), theirs_BV.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds, st.floats(0.05, 5))
 def test_temperature(seed: int, value: float) -> None:
     x = random_logits(seed)
     assert_same_distribution(sampling.temperature(x, value), logits_process.TemperatureLogitsWarper(value)(None, x))
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds, st.integers(1, 120))
 def test_top_k(seed: int, k: int) -> None:
     x = random_logits(seed)
     assert torch.equal(sampling.top_k(x, k), logits_process.TopKLogitsWarper(k)(None, x))
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds, st.floats(0.02, 0.98))
 def test_top_p(seed: int, p: float) -> None:
     x = random_logits(seed)
     assert torch.equal(sampling.top_p(x, p), logits_process.TopPLogitsWarper(p)(None, x))
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds, st.floats(0, 1))
 def test_min_p(seed: int, p: float) -> None:
     x = random_logits(seed)
     assert torch.equal(sampling.min_p(x, p), logits_process.MinPLogitsWarper(p)(None, x))
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds, st.floats(0.3, 3))
 def test_repetition_penalty(seed: int, penalty: float) -> None:
     x = random_logits(seed)
@@ -57,6 +62,7 @@ def test_repetition_penalty(seed: int, penalty: float) -> None:
     assert torch.equal(sampling.repetition_penalty(x, seen_BT.tolist(), penalty), theirs)
 
 
+@settings(deadline=None, max_examples=50)
 @given(seeds)
 def test_all_together_in_the_same_order(seed: int) -> None:
     x = random_logits(seed)

@@ -45,7 +45,8 @@ def evaluate(run: str, as_json: bool) -> None:
         )
     loss = next((task for task in config.eval.tasks if isinstance(task, LossEval)), LossEval())
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task("evaluating")
 
         def progress(tokens: int) -> None:

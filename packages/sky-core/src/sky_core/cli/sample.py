@@ -70,8 +70,9 @@ def sample(
     options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
 
     if len(texts) == 1 and stream and not as_json:
+        pieces = stream_tokens(model, tokenizer, ids, **options)
         click.secho(texts[0], bold=True, nl=False)
-        for piece in stream_tokens(model, tokenizer, ids, **options):
+        for piece in pieces:
             click.echo(piece.text, nl=False)
         click.echo()
         return
