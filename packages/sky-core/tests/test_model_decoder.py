@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -24,7 +26,10 @@ from sky_core.components.model import (
     Sinusoidal,
     SwiGLU,
 )
+from sky_core.model.cache import LayerCache
+from sky_core.model.context import Context
 from sky_core.model.count import kv_bytes_per_token
+from sky_core.slots import Memory
 
 VOCAB = 41
 POSITIONS = {"learned": Learned(), "sinusoidal": Sinusoidal(), "rope": Rope(), "none": NoPosition()}
@@ -257,9 +262,7 @@ def test_auxiliary_losses_are_counted_once(recompute: bool) -> None:
     assert value == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def fresh_context(x_BTD: torch.Tensor):
-    from sky_core.model.context import Context
-
+def fresh_context(x_BTD: torch.Tensor) -> Context:
     return Context.begin(torch.zeros(x_BTD.shape[:2]), 32)
 
 
@@ -348,7 +351,89 @@ def test_collecting_shows_states_and_maps_and_changes_nothing(kernel) -> None:
     assert nothing == {"losses": {}}
 
 
+# Memories
+
+
+class Tally(LayerCache):
+    def __init__(self, sum_BD: torch.Tensor) -> None:
+        self.sum_BD = sum_BD
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"sum": self.sum_BD}
+
+    def replace(self, tensors: dict[str, torch.Tensor]) -> Tally:
+        return Tally(tensors["sum"])
+
+    def reset(self, rows_B: torch.Tensor) -> None:
+        self.sum_BD[rows_B] = 0
+
+
+class RunningSum(nn.Module):
+    """Adds a fraction of the sum of all inputs so far: a memory whose whole state is one vector."""
+
+    def __init__(self, spec) -> None:
+        super().__init__()
+        self.layer = spec.layer
+        self.gate = nn.Parameter(torch.zeros(spec.d_model))
+
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.gate)
+
+    def forward(self, x_BTD: torch.Tensor, ctx) -> torch.Tensor:
+        real_BTD = x_BTD if ctx.valid_BT is None else x_BTD * ctx.valid_BT[:, :, None]
+        sums_BTD = real_BTD.cumsum(1)
+        state = ctx.memory_cache(self.layer)
+        if state is not None:
+            sums_BTD = sums_BTD + state.sum_BD[:, None]
+            state.sum_BD = sums_BTD[:, -1]
+        return self.gate * sums_BTD
+
+    def new_cache(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> Tally:
+        return Tally(torch.zeros(batch, len(self.gate), device=device, dtype=dtype))
+
+
+class Summing(Memory):
+    """A toy."""
+
+    kind = "summing"
+
+    def build(self, spec) -> nn.Module:
+        return RunningSum(spec)
+
+
+@pytest.mark.parametrize("block", [PreNorm(), PostNorm()], ids=["pre", "post"])
+def test_a_memory_stands_beside_the_attention_of_its_layers_with_its_own_state(block) -> None:
+    model, tokens_BT = build(n_layer=3, block=block, memory=(None, Summing())), some_tokens(3, 12)
+    assert [layer.memory is None for layer in model.layers] == [True, False, True]
+    plain = build(n_layer=3, block=block)
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "memory" not in name})
+    lengths = [2, 7, 4]
+    with torch.no_grad():
+        whole = model(tokens_BT)
+        assert (whole - plain(tokens_BT)).abs().max() > 1e-3
+        cache = model.new_cache(3)
+        assert [state is None for state in cache.memories] == [True, False, True]
+        valid_BT = torch.arange(7) < torch.tensor(lengths)[:, None]
+        model(tokens_BT[:, :7].where(valid_BT, torch.tensor(0)), valid_BT=valid_BT, cache=cache)
+        pieces = torch.stack([tokens_BT[row, length : length + 3] for row, length in enumerate(lengths)])
+        decoded = model(pieces, cache=cache)
+        for row, length in enumerate(lengths):
+            close(decoded[row], whole[row, length : length + 3])
+        model.layers[1].memory.init_weights()
+        assert torch.equal(model(tokens_BT), plain(tokens_BT))
+
+
 # Options
+
+
+def test_a_copy_of_a_model_is_independent() -> None:
+    model, tokens_BT = build(), some_tokens(1, 8)
+    expected, twin = model(tokens_BT), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(tokens_BT), expected)
+    assert twin._attentions[0] is twin.layers[0].self_attn
 
 
 def test_choices_are_tiled_over_depth() -> None:
