@@ -52,7 +52,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
         "torch": torch.__version__,
         "processor": f"{here['cpu']} ({here['cores']} cores, {torch.get_num_threads()} torch threads, load {load:.1f})",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "precision": "auto means {} ({})".format(*resolve_precision("auto", device)),
+        "precision": f"auto means {resolve_precision('auto', device)}",
         "memory": f"{_memory_gib():.1f} GiB free" if _memory_gib() else "unknown",
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free in {Path.cwd()}",
         "extras": ", ".join(f"{name} {found}" for name in OPTIONAL if (found := _installed(name))) or "none",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            error.message += closest(args[0], self.list_commands(ctx))
+            error.message = error.message.rstrip(".") + closest(args[0], self.list_commands(ctx))
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -108,24 +109,29 @@ def main(arguments: list[str] | None = None) -> Any:
     if "--debug" in arguments:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
-        sys.exit(app.main(arguments, standalone_mode=False))
-    except click.exceptions.Abort:
+        sys.exit(app.main(arguments, prog_name="sky", standalone_mode=False))
+    except (click.exceptions.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except SkyError as error:
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as no_arguments:  # since click 8.2
+        no_arguments.show()
+        sys.exit(no_arguments.exit_code)
+    except Exception as error:  # noqa: BLE001 - the one place where every error becomes a line and an exit code
         if "--debug" in arguments:
-            raise
-        for line in str(error).splitlines():
+            traceback.print_exc()
+        lines, code = _told(error)
+        for line in lines:
             click.echo(f"sky: {line}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as error:  # a bug in us: one line for the user, the traceback on request
-        if "--debug" in arguments:
-            raise
-        click.echo(f"sky: {type(error).__name__}: {error} (this is a bug; --debug shows where)", err=True)
-        sys.exit(1)
+        sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[list[str], int]:
+    """What the user reads of an error, and the exit code."""
+    if isinstance(error, SkyError):
+        return str(error).splitlines(), error.exit_code
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        where = f"; see: {context.command_path} --help" if context else ""
+        return [" ".join(error.format_message().split()).rstrip(".") + where], error.exit_code
+    if isinstance(error, OSError):
+        return [f"{error.filename}: {error.strerror}" if error.filename else str(error)], 1
+    return [f"{type(error).__name__}: {' '.join(str(error).split())} (this is a bug; --debug shows where)"], 1
