@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sky_core.config import Run, parse_run, read_run
-from sky_core.errors import SkyError, UserError
+from sky_core.errors import SkyError
 from sky_core.generate.text import generate
 from sky_core.plugins import loaded_plugins
 from sky_core.run_directory import RunDirectory, find_run
@@ -37,10 +39,7 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
     folder = Path(text)
     if not (folder / "MANIFEST.json").is_file():
         run, which = find_run(text.removeprefix("run:"))
-        folder = run.path / "checkpoints" / which
-        if not folder.exists():
-            have = ", ".join(path.name for path in run.checkpoints) or "none yet"
-            raise UserError(f"{source}: there is no checkpoint {which!r} in {run.path} (have: {have})")
+        folder = run.checkpoint(which)
     return load_checkpoint(folder)
 
 
@@ -51,10 +50,16 @@ def load_checkpoint(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     run = parse_run(data, lines, base=folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     model: LanguageModel = run.model.build(tokenizer.vocab_size)
-    weights = checkpoint.load_tensors(folder, "model")
+    for adapter in run.adapters:
+        adapter.build(model)
     averages = checkpoint.load_tensors(folder, "training/ema")
-    checkpoint.load_weights(model, {name: averages.get(name, weight) for name, weight in weights.items()}, folder)
-    return model.eval(), tokenizer
+    adapters = torch.nn.ModuleList(attached.module for attached in model.adapters)
+    for part, module in (("model", model), ("adapters", adapters)):
+        weights = checkpoint.load_tensors(folder, part)
+        averaged = {name: averages.get(f"{part}.{name}", weight) for name, weight in weights.items()}
+        checkpoint.load_weights(module, averaged, folder)
+        module.eval()
+    return model, tokenizer
 
 
 def open_run(source: str | Path) -> RunDirectory:
@@ -85,14 +90,8 @@ def resume(source: str | Path, overrides: Iterable[str] = ()) -> Result:
     """
     directory, which = find_run(str(source))
     run = read_run(directory.path / "config.yaml", overrides)
-    complete = directory.checkpoints
-    folder = None
-    if complete:
-        folder = complete[-1] if which == "last" else (directory.path / "checkpoints" / which).resolve()
-        if folder.name not in [path.name for path in complete]:
-            have = ", ".join(path.name for path in complete)
-            raise UserError(f"{source}: there is no checkpoint {which!r} in {directory.path} (have: {have})")
-    return _run(run, directory, folder)
+    fresh = which == "last" and not directory.checkpoints
+    return _run(run, directory, None if fresh else directory.checkpoint(which))
 
 
 def _run(run: Run, directory: RunDirectory, folder: Path | None) -> Result:
@@ -100,9 +99,15 @@ def _run(run: Run, directory: RunDirectory, folder: Path | None) -> Result:
         try:
             trainer = run.train.build(run, directory)
             trainer.resume(folder)
-        except SkyError as error:
+        except BaseException as error:
             if folder is None:
-                directory.update(state="failed", reason=str(error).splitlines()[0])
+                directory.update(state="failed", reason=(str(error) or type(error).__name__).splitlines()[0])
             raise
-        result: Result = trainer.train()
+        try:
+            result: Result = trainer.train()
+        except OSError as error:
+            where = error.filename or directory.path
+            raise SkyError(
+                f"{where}: {error.strerror or error}; what was saved is untouched: `sky resume {directory.path}`"
+            ) from error
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +21,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def finite(data: Any) -> Any:
+    """`data` with null for every number that is not finite: NaN and Infinity are no JSON."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def write_json(path: Path, data: Any) -> None:
     """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_json_line(path: Path, data: Any) -> None:
     """Append one JSON line and flush it; a torn last line is what a reader must expect and `read_json_lines` skips."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        file.write(json.dumps(finite(data), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

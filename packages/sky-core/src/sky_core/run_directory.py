@@ -66,6 +66,8 @@ class RunDirectory:
             id=directory.path.name,
             name=run.name,
             state="created",
+            pid=os.getpid(),
+            host=socket.gethostname(),
             created=utc_now(),
             tags=run.tags,
             lineage=lineage or {},
@@ -92,20 +94,31 @@ class RunDirectory:
 
     @property
     def state(self) -> str:
-        """run.json's state, or `crashed` when a run that calls itself running is dead."""
+        """run.json's state, or `crashed` when a run that calls itself created or running is dead."""
         info = self.info
-        if info.get("state") != "running":
-            return str(info.get("state", "?"))
+        state = str(info.get("state", "?"))
+        if state not in ("created", "running"):
+            return state
         stale = time.time() - float(info.get("heartbeat", 0)) > STALE_SECONDS
         here = info.get("host") == socket.gethostname()
         gone = not _alive(int(info.get("pid", -1))) if here else stale
-        return "crashed" if gone else "running"
+        return "crashed" if gone else state
 
     @property
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, by step."""
         complete = [path.parent for path in (self.path / "checkpoints").glob("step_*/MANIFEST.json")]
         return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+
+    def checkpoint(self, which: str = "last") -> Path:
+        """The checkpoint called "last", "best" or "step_000500". Raises `UserError` listing what there is."""
+        link = self.path / "checkpoints" / which
+        if link.is_dir():
+            return link.with_name(link.resolve().name)
+        if which == "last" and self.checkpoints:  # the run died between a first checkpoint and its link
+            return self.checkpoints[-1]
+        have = ", ".join(path.name for path in self.checkpoints) or "none yet"
+        raise UserError(f"{self.path}: there is no checkpoint {which!r} (have: {have})")
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json in one step."""
@@ -142,15 +155,18 @@ class RunDirectory:
     def lock(self) -> IO[str]:
         """Take the directory for this process; the lock dies with the process. Raises `UserError` when it is taken."""
         file = (self.path / ".lock").open("a+", encoding="utf-8")
+        file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
+            holder = file.read().strip() or "another process"
             file.close()
-            holder = self.info
             raise UserError(
-                f"{self.path}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')};"
-                " wait for it, or stop it with SIGTERM (it saves and exits)"
+                f"{self.path}: in use by {holder}; wait for it, or stop it with SIGTERM (it saves and exits)"
             ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         return file
 
 
@@ -175,6 +191,8 @@ def find_run(source: str, out: Path = Path("runs")) -> tuple[RunDirectory, str]:
     `source` is a directory, a run's id, name or unique prefix, `@last` (newest run) or `@best` (lowest validation
     loss), optionally followed by `@step`, `@last` or `@best`. Raises `UserError` listing what there is.
     """
+    if (Path(source) / "run.json").is_file():
+        return RunDirectory(Path(source)), "last"
     head, at, tail = source.rpartition("@")
     name, which = (head, tail) if at and head else (source, "last")
     checkpoint = f"step_{int(which):06d}" if which.isdigit() else which
@@ -183,7 +201,7 @@ def find_run(source: str, out: Path = Path("runs")) -> tuple[RunDirectory, str]:
     if (Path(name) / "run.json").is_file():
         return RunDirectory(Path(name)), checkpoint
     runs = list_runs(out)
-    if not runs:
+    if not runs and not Path(name).is_dir():
         raise UserError(f"{source!r}: no such directory, and there are no runs in {out}/")
     if name == "@last":
         return runs[-1], checkpoint
@@ -196,8 +214,11 @@ def find_run(source: str, out: Path = Path("runs")) -> tuple[RunDirectory, str]:
     matches = exact or [run for run in runs if run.path.name.startswith(name) or run.info["name"].startswith(name)]
     if len(matches) > 1:
         raise UserError(f"{name!r} is ambiguous: {', '.join(run.path.name for run in matches)}")
+    if not matches and Path(name).is_dir():
+        return RunDirectory.open(Path(name)), checkpoint
     if not matches:
-        raise UserError(f"no run called {name!r} in {out}/{closest(name, [run.path.name for run in runs])}")
+        known = [name for run in runs for name in (run.info["name"], run.path.name)]
+        raise UserError(f"no run called {name!r} in {out}/{closest(name, known)}; `sky runs` lists them")
     return matches[0], checkpoint
 
 

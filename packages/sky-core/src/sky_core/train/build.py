@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def build_model(run: Run, tokenizer: Tokenizer) -> LanguageModel:
     """The run's model on the CPU: built from its seed, then `init:` weights, then `adapters:`.
 
-    Raises `UserError` when `init:` has another tokenizer, `CheckpointError` when it has another shape.
+    Raises `UserError` when `init:` has another tokenizer or another shape.
     """
     torch.manual_seed(run.seed)
     model: LanguageModel = run.model.build(tokenizer.vocab_size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sky_core.errors import UserError
+
 if TYPE_CHECKING:
     from sky_core.train.trainer import Trainer
 
@@ -20,6 +22,8 @@ class EarlyStop:
         self.waited = 0
 
     def on_eval(self, step: int, results: dict[str, float]) -> None:
+        if "loss" not in results:
+            raise UserError("callbacks: early_stop watches the validation loss; add `loss` to eval.tasks")
         if results["loss"] < self.best - self.min_delta:
             self.best, self.waited = results["loss"], 0
             return

@@ -1,17 +1,19 @@
 """Checkpoints: one folder of safetensors, YAML and JSON, complete or absent.
 
     checkpoints/step_000500/
-      model.safetensors  run.yaml  tokenizer/
+      model.safetensors  run.yaml  tokenizer/  (adapters.safetensors)
       training/          optimizer.safetensors, objective.safetensors, ema.safetensors, state.json
       MANIFEST.json      sha256 and size of every file, written last
 
-A checkpoint is written under a temporary name, flushed file by file, then renamed: a crash or a full disk at any
-moment leaves the earlier checkpoints as they were. Nothing is pickled.
+A checkpoint is written under a temporary name, flushed file by file, then renamed, and never written a second time: a
+crash or a full disk at any moment leaves the earlier checkpoints as they were. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,26 +22,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sky_core.errors import CheckpointError
+from sky_core.errors import CheckpointError, UserError
 from sky_core.files import point_link, sha256, sync_file, sync_folder, write_atomic, write_json
 
 if TYPE_CHECKING:
     from sky_core.tokenizer.base import Tokenizer
 
+log = logging.getLogger(__name__)
+
 Tensors = dict[str, torch.Tensor]
+
+ANOTHER = "use another checkpoint of this run (RUN@STEP)"
 
 
 def save_checkpoint(
     folder: Path, *, run_yaml: str, tokenizer: Tokenizer, tensors: dict[str, Tensors], state: dict[str, Any]
 ) -> None:
-    """Write a checkpoint to `folder` in one step.
+    """Write a checkpoint to `folder`, which must not exist yet, in one step.
 
     `tensors` maps a file stem ("model", "training/optimizer", ...) to its tensors; empty ones are left out. Raises
     `CheckpointError` when it cannot be written; nothing that existed before is touched then.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
         (temporary / "training").mkdir(parents=True)
         for stem, named in tensors.items():
             if named:
@@ -52,43 +59,47 @@ def save_checkpoint(
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
             sync_file(path)
-        manifest = {
+        entries = {
             str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
         }
-        write_json(temporary / "MANIFEST.json", manifest)
+        write_json(temporary / "MANIFEST.json", {"files": entries, "sha256": _digest(entries)})
         sync_folder(temporary)
-        replaced = folder.with_name(f".tmp-old-{folder.name}")
-        if folder.exists():
-            folder.rename(replaced)
         temporary.rename(folder)
         sync_folder(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be written ({error}); earlier checkpoints are untouched"
+            f"{folder}: the checkpoint could not be written ({error}); earlier checkpoints are untouched:"
+            f" make room, then `sky resume {folder.parent.parent}`"
         ) from error
+
+
+def _digest(entries: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's entries, so that damage to the manifest is not blamed on the files it names."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the manifest. Raises `CheckpointError` naming the first file that differs."""
     manifest_file = folder / "MANIFEST.json"
     if not manifest_file.is_file():
-        raise CheckpointError(f"{folder}: this is no complete checkpoint (it has no MANIFEST.json)")
+        raise CheckpointError(f"{manifest_file}: missing, so this is no complete checkpoint; {ANOTHER}")
     try:
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{manifest_file}: damaged; use another checkpoint of this run") from error
-    for name, expected in manifest.items():
+        entries = manifest["files"]
+        intact = manifest["sha256"] == _digest(entries)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{manifest_file}: damaged; {ANOTHER}")
+    for name, expected in entries.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; use another checkpoint of this run")
+            raise CheckpointError(f"{path}: missing; {ANOTHER}")
         if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path}: has {path.stat().st_size} bytes instead of {expected['bytes']}; use another checkpoint of this run"
-            )
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes instead of {expected['bytes']}; {ANOTHER}")
         if sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: damaged (its sha256 differs); use another checkpoint of this run")
+            raise CheckpointError(f"{path}: damaged (its sha256 differs); {ANOTHER}")
 
 
 def load_tensors(folder: Path, stem: str, device: torch.device | str = "cpu") -> Tensors:
@@ -99,7 +110,7 @@ def load_tensors(folder: Path, stem: str, device: torch.device | str = "cpu") ->
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint of this run") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); {ANOTHER}") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(module: torch.nn.Module, tensors: Tensors, source: Path) -> None:
-    """Load `tensors` into `module`; names and shapes must match. Raises `CheckpointError` naming what differs."""
+    """Load `tensors` into `module`; names and shapes must match. Raises `UserError` naming what differs."""
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in own.keys() - given.keys()]
@@ -121,7 +132,7 @@ def load_weights(module: torch.nn.Module, tensors: Tensors, source: Path) -> Non
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(
+        raise UserError(
             f"{source}: it does not fit the model: {'; '.join(sorted(problems)[:3])}{more}; is `model:` the one it was"
             " trained with?"
         )
@@ -132,16 +143,39 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def prune_checkpoints(folder: Path, checkpoints: list[Path], keep_last: int) -> None:
-    """Delete all but the newest `keep_last` of `checkpoints` (by step), sparing those that the links `last` and `best` point to."""
+    """Delete all but the newest `keep_last` of `checkpoints` (by step) and those that `last` and `best` point to."""
     spared = {(folder / link).resolve() for link in ("last", "best") if (folder / link).is_symlink()}
     for path in checkpoints[:-keep_last]:
         if path.resolve() not in spared:
-            shutil.rmtree(path)
+            _delete(path)
+
+
+def forget_later(folder: Path) -> None:
+    """Make `folder` the last checkpoint of its run: those of later steps are deleted, damaged ones too."""
+    later = [path for path in folder.parent.glob("step_*") if step_of(path) > step_of(folder)]
+    link_checkpoint(folder, "last")
+    best = folder.parent / "best"
+    if best.is_symlink() and best.resolve().name in {path.name for path in later}:
+        best.unlink()
+    for path in later:
+        log.info("going on from %s: %s is deleted", folder.name, path.name)
+        _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a crash leaves all of it or something `remove_unfinished` knows."""
+    doomed = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what an interrupted save left behind."""
+    """Delete what an interrupted save or deletion left behind."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)
 

@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class Step(nn.Module):
-    """Model and objective as one module. Names in its state dict start with `model.` and `objective.`."""
+    """Model, what is attached to it, and objective as one module.
+
+    Names in its state dict start with `model.`, `adapters.` and `objective.`.
+    """
 
     def __init__(self, model: LanguageModel, objective: Objective) -> None:
         super().__init__()
         self.model = model
+        self.adapters = nn.ModuleList(attached.module for attached in model.adapters)
         self.objective = objective
 
     def forward(self, batch: Batch) -> Loss:

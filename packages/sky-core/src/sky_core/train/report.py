@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sky_core.files import append_json_line, write_atomic
+from sky_core.generate.text import generate
 from sky_core.run_directory import utc_now
 from sky_core.train.flops import measure_peak_flops
 from sky_core.train.metrics import (
@@ -64,6 +65,8 @@ class Report:
     def on_start(self) -> None:
         trainer = self.trainer
         self._started = time.monotonic()
+        if trainer.run.sample.every:  # a prompt that cannot be used shows now, not at the first sample
+            generate(trainer.model, trainer.tokenizer, trainer.run.sample.prompts, max_new_tokens=0)
         write_atomic(self.folder / "config.yaml", dump_yaml(trainer.run.as_dict()))
         resume_from = trainer.step or None
         self.writers = [MetricsLog(self.folder / "metrics.jsonl")]
@@ -116,8 +119,6 @@ class Report:
 
     def sample(self) -> None:
         """Sample the run file's prompts with the model as it is; training does not notice."""
-        from sky_core.generate.text import generate
-
         trainer, wanted = self.trainer, self.trainer.run.sample
         for prompt in wanted.prompts:
             with trainer.engine.autocast():

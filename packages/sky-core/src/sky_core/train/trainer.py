@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 EVENTS = ("on_start", "on_step", "on_eval", "on_save", "on_end")
 
+PARTS = {"model.": "model", "adapters.": "adapters", "objective.": "training/objective"}
+"""Prefix of names in the state of a step -> file stem in a checkpoint."""
+
 
 @dataclass
 class Result:
@@ -75,17 +78,18 @@ class Trainer:
         self.best_loss = math.inf
         self.best_step: int | None = None
         self.evaluation: dict[str, float] = {}
+        self.saved_step: int | None = None
         self._stop: tuple[str, str] | None = None
 
         self.engine = fit.engine.build()
         self.engine.setup(fit.precision, compile=fit.compile)
         self.dataset = run.data.build(run.seed, run.tokenizer)
         self.tokenizer = self.dataset.tokenizer
-        self.model = build_model(run, self.tokenizer).to(self.engine.device)
+        self.model = build_model(run, self.tokenizer)
         self.model.activation_checkpointing = fit.activation_checkpointing
         torch.manual_seed(run.seed + 1)
-        self.objective = run.objective.build(run, self.tokenizer).to(self.engine.device)
-        module = Step(self.model, self.objective)
+        self.objective = run.objective.build(run, self.tokenizer)
+        module = Step(self.model, self.objective).to(self.engine.device)
         trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         if not trained:
             raise UserError("nothing to train: every parameter is frozen")
@@ -93,6 +97,7 @@ class Trainer:
         self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.schedule: Callable[[int], float] = run.schedule.build(fit.steps)
         self.loss_of = self.engine.prepare(module, self.optimizers)
+        self.module = module
         self.ema = self._build_ema()
         self.micro_batch, self.accumulation = self._split_batch()
         self.evals = [task.build() for task in run.eval.tasks]
@@ -111,7 +116,6 @@ class Trainer:
         }
         started = beat = time.monotonic()
         with StopSignals(self.request_stop) as signals:
-            result = Result(self.directory.path, "failed", self.step)
             try:
                 self._announce("on_start")
                 if self.fit.dry_run:
@@ -126,21 +130,29 @@ class Trainer:
                         self.directory.heartbeat()
                     if self.fit.max_minutes and time.monotonic() - started > self.fit.max_minutes * 60:
                         self.request_stop(f"max_minutes ({self.fit.max_minutes}) are over")
-                state, reason = self._stop or ("done", "")
-                if self._stop is not None:
+                if self.saved_step != self.step:
                     self.save(best=False)
-                result = Result(self.directory.path, state, self.step, reason, self.evaluation, signals.received)
-            except Diverged as error:
-                result.state, result.reason = "diverged", str(error)
-                raise
             except BaseException as error:
-                result.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._fail(error)
                 raise
-            finally:
-                result.step = self.step
-                self._announce("on_end", result)
-                loaded_plugins().hook.sky_finished(run=self.run, result=result)
+            complete = self._stop is None or self.step == self.fit.steps
+            state, reason = ("done", "") if complete or self._stop is None else self._stop
+            result = Result(self.directory.path, state, self.step, reason, self.evaluation, signals.received)
+            self._end(result)
         return result
+
+    def _fail(self, error: BaseException) -> None:
+        """Leave word of why the run ends; a disk that takes no word must not hide the error itself."""
+        state = "diverged" if isinstance(error, Diverged) else "failed"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        try:
+            self._end(Result(self.directory.path, state, self.step, reason, self.evaluation))
+        except OSError as second:
+            log.warning("%s", second)
+
+    def _end(self, result: Result) -> None:
+        self._announce("on_end", result)
+        loaded_plugins().hook.sky_finished(run=self.run, result=result)
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors."""
@@ -180,10 +192,14 @@ class Trainer:
         """This process's share of the step's sequences, prepared by the objective."""
         share = self.micro_batch * self.accumulation
         batch = self.dataset.batch(self.sequences + self.engine.rank * share, share).to(self.engine.device)
-        rows = range(0, share, self.micro_batch)
-        micro = [batch.rows(start, start + self.micro_batch) for start in rows]
+        prepared = []
         with torch.no_grad():
-            return [self.objective.prepare(self.model, part) for part in micro]
+            for index in range(self.accumulation):
+                # Another stream than that of the forward pass, so that rollouts and dropout are independent.
+                torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, self.accumulation + index))
+                part = batch.rows(index * self.micro_batch, (index + 1) * self.micro_batch)
+                prepared.append(self.objective.prepare(self.model, part))
+        return prepared
 
     def _count_skip(self, finite: bool) -> None:
         self.skipped += not finite
@@ -223,11 +239,11 @@ class Trainer:
     def save(self, *, best: bool) -> Path:
         """Write a checkpoint of this moment, point `last` (and `best`) at it, delete what is not to be kept."""
         folder = self.directory.path / "checkpoints" / checkpoint.checkpoint_name(self.step)
-        step_state = self.engine.state()
+        state = self.engine.state()
         tensors = {
-            "model": {n.removeprefix("model."): t for n, t in step_state.items() if n.startswith("model.")},
-            "training/objective": {
-                n.removeprefix("objective."): t for n, t in step_state.items() if n.startswith("objective.")
+            **{
+                stem: {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+                for part, stem in PARTS.items()
             },
             "training/optimizer": self.engine.optimizer_state(),
             "training/ema": self.ema.state_dict() if self.ema else {},
@@ -246,6 +262,7 @@ class Trainer:
             checkpoint.prune_checkpoints(
                 self.directory.path / "checkpoints", self.directory.checkpoints, self.run.checkpoint.keep_last
             )
+        self.saved_step = self.step
         self._announce("on_save", self.step, folder)
         return folder
 
@@ -260,53 +277,84 @@ class Trainer:
             "evaluation": self.evaluation,
             "data": self.dataset.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
+            "optimizer": self.run.optimizer.kind,
             "versions": loaded_plugins().versions(),
-            "callbacks": [
-                callback.state_dict() if hasattr(callback, "state_dict") else None for callback in self.callbacks
-            ],
+            "callbacks": {name: callback.state_dict() for name, callback in self._keepers().items()},
         }
 
-    def resume(self, folder: Path | None) -> None:
-        """Continue from a checkpoint, exactly, or from nothing: what an earlier process left unfinished is removed.
+    def _keepers(self) -> dict[str, Any]:
+        """The callbacks that keep state over a resume, by class and number."""
+        keepers: dict[str, Any] = {}
+        for callback in self.callbacks:
+            if hasattr(callback, "state_dict"):
+                name = type(callback).__name__
+                keepers[f"{name}.{sum(key.startswith(f'{name}.') for key in keepers)}"] = callback
+        return keepers
 
-        Raises `CheckpointError` or `UserError` when the checkpoint does not fit; nothing is changed then.
+    def resume(self, folder: Path | None) -> None:
+        """Continue from a checkpoint, exactly, or from nothing: what an earlier process left unfinished is removed,
+        and so is everything of later steps.
+
+        Raises `CheckpointError` or `UserError` when the checkpoint does not fit; nothing on disk is changed then.
         """
         if folder is not None:
             self._load(folder)
         checkpoint.remove_unfinished(self.directory.path / "checkpoints")
+        if folder is not None:
+            checkpoint.forget_later(folder)
+            self._restore_best(folder)
+            self.saved_step = self.step
         self.report.rewind(self.step)
+
+    def _restore_best(self, folder: Path) -> None:
+        """The link `best` as it was at this step; where that checkpoint is gone, the next evaluation is the best."""
+        if not self.run.checkpoint.keep_best or self.best_step is None:
+            return
+        best = folder.with_name(checkpoint.checkpoint_name(self.best_step))
+        if best.exists():
+            checkpoint.link_checkpoint(best, "best")
+        else:
+            self.best_loss, self.best_step = math.inf, None
 
     def _load(self, folder: Path) -> None:
         checkpoint.verify_checkpoint(folder)
         state = checkpoint.load_state(folder)
-        for what, own in (("tokenizer", self.tokenizer.fingerprint), ("data", self.dataset.fingerprint)):
-            if state[what] != own:
+        own = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": self.dataset.fingerprint,
+            "optimizer": self.run.optimizer.kind,
+        }
+        for what, value in own.items():
+            if state[what] != value:
                 raise UserError(
-                    f"{folder}: it was trained with {what} {state[what]}, this run has {own}; resume with the same {what},"
-                    " or start a new run with init:"
+                    f"{folder}: it was trained with {what} {state[what]}, this run has {value}; resume with the same"
+                    f" {what}, or start a new run with init:"
                 )
+        if state["step"] >= self.fit.steps:
+            raise UserError(
+                f"{folder}: the run is complete ({state['step']} of {self.fit.steps} steps);"
+                f" `sky resume {self.directory.path} train.steps=...` makes it longer"
+            )
         changed = {n: v for n, v in state["versions"].items() if loaded_plugins().versions().get(n) != v}
         if changed:
             log.warning("resuming under other versions; the checkpoint was written with %s", changed)
-        checkpoint.load_weights(self.model, checkpoint.load_tensors(folder, "model"), folder)
-        checkpoint.load_weights(self.objective, checkpoint.load_tensors(folder, "training/objective"), folder)
+        for part, stem in PARTS.items():
+            module = self.module.get_submodule(part.removesuffix("."))
+            checkpoint.load_weights(module, checkpoint.load_tensors(folder, stem), folder)
         self.engine.load_optimizer_state(checkpoint.load_tensors(folder, "training/optimizer"))
         if self.ema is not None:
-            self.ema.load_state_dict(checkpoint.load_tensors(folder, "training/ema"))
+            averages = checkpoint.load_tensors(folder, "training/ema")
+            if not averages:
+                raise UserError(f"train.ema: {folder} holds no averaged weights; resume without train.ema")
+            self.ema.load_state_dict(averages)
         self.step, self.sequences = state["step"], state["sequences"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self.best_step = state["best_step"]
-        if self.best_step == self.step and self.run.checkpoint.keep_best:
-            checkpoint.link_checkpoint(folder, "best")
         self.evaluation = state["evaluation"]
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
-            if saved is not None:
-                callback.load_state_dict(saved)
-        if self.step >= self.fit.steps:
-            raise UserError(
-                f"{folder}: the run is complete ({self.step} of {self.fit.steps} steps); train.steps=... makes it longer"
-            )
+        for name, callback in self._keepers().items():
+            if name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][name])
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -326,7 +374,7 @@ class Trainer:
             return None
         from sky_core.train.ema import EMA
 
-        return EMA(self.model, self.fit.ema)
+        return EMA(self.module, self.fit.ema)
 
     def _split_batch(self) -> tuple[int, int]:
         """(sequences per micro-batch, micro-batches per step) of one process."""
@@ -347,7 +395,7 @@ class Trainer:
 
     def _dry_run(self) -> None:
         """Forward and backward on one micro-batch, undone: out-of-memory shows now, not in hour three."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         try:
             torch.manual_seed(self.run.seed)
             loss = self.loss_of(self._micro_batches()[0])
@@ -360,5 +408,5 @@ class Trainer:
                 " lower train.micro_batch (the result is the same), or set train.activation_checkpointing"
             ) from error
         self.engine.update(skip=True)
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
