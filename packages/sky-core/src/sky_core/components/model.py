@@ -257,23 +257,26 @@ class Decoder(slots.Model):
         Literal["head", "full"] | None, Field(description="norm queries and keys: each head, or all heads together")
     ] = None
 
-    block: Annotated[Slot[slots.Block], Field(description="residual wiring")] = PreNorm()
+    # Parts are meant by name, like those of a run file, so that the schema of editors names them too.
+    block: Annotated[Slot[slots.Block], Field(description="residual wiring")] = Field("pre", validate_default=True)
     attention: Annotated[Tiled[slots.Attention], Field(description="attention of each layer, tiled over depth")] = (
-        Full(),
+        Field("full", validate_default=True)
     )
-    kernel: Annotated[Slot[slots.Kernel], Field(description="how softmax(QKᵀ)V is computed")] = Auto()
+    kernel: Annotated[Slot[slots.Kernel], Field(description="how softmax(QKᵀ)V is computed")] = Field(
+        "auto", validate_default=True
+    )
     feedforward: Annotated[
         Tiled[slots.FeedForward], Field(description="position-wise part of each layer, tiled over depth")
-    ] = (SwiGLU(),)
+    ] = Field("swiglu", validate_default=True)
     position: Annotated[
         Tiled[slots.Position],
         Field(description="how order is known, tiled over depth; those that act on the embedding act once"),
-    ] = (Rope(),)
-    norm: Annotated[Slot[slots.Norm], Field(description="normalisation")] = RMSNorm()
+    ] = Field("rope", validate_default=True)
+    norm: Annotated[Slot[slots.Norm], Field(description="normalisation")] = Field("rmsnorm", validate_default=True)
     memory: Annotated[
         Tiled[slots.Memory, None],
         Field(description="memory beside each layer's attention, tiled over depth; null: none"),
-    ] = (None,)
+    ] = Field(None, validate_default=True)
 
     @property
     def width_of_head(self) -> int:
