@@ -25,7 +25,7 @@ from sky_core.model.context import Context
 from sky_core.model.language_model import LanguageModel
 from sky_core.model.mask import Mask
 from sky_core.testing.workbench import TinyData
-from sky_core.train.objective import Loss, Objective
+from sky_core.training.objective import Loss, Objective
 
 sky_api = 1
 EVENTS: list[str] = []
@@ -399,7 +399,7 @@ class PairTrainer:
         assert folder is None, "the toy keeps no checkpoints"
 
     def train(self) -> Any:
-        from sky_core.train.trainer import Result
+        from sky_core.training.trainer import Result
 
         self._announce("on_start")
         step = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sky_core.train.adamw import AdamW
+from sky_core.training.adamw import AdamW
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.2}
 SHAPES = [(7, 5), (5,), (3, 4, 2), ()]

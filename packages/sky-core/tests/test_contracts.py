@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 import sky_core.testing as kit
+from sky_core import slots
 from sky_core.component import Component
-from sky_core.components import evaluation, generation, model, optimization, tokenizer, training
+from sky_core.components import data, evaluation, generation, model, optimization, tokenizer, training
+from sky_core.data.dataset import Dataset
 from sky_core.plugins import load_plugins, loaded_plugins
-from sky_core.slots import HOOKS
 from sky_core.testing import (
     AttentionContract,
     BlockContract,
     CallbackContract,
     ComponentContract,
+    DatasetContract,
     EngineContract,
     EvalContract,
     FeedForwardContract,
@@ -173,6 +175,73 @@ class TestSaved(TokenizerContract):
     def test_the_kind_travels_with_the_tokenizer(self) -> None: ...
 
 
+class OnDisk(DatasetContract):
+    """A dataset over forty small documents, each its own text so that no two sequences are equal."""
+
+    format = "tokens"
+    slack = 16
+
+    def make(self, folder: Path) -> slots.Dataset:
+        from sky_core.data.prepare import prepare
+        from sky_core.data.read import Corpus
+
+        if not (folder / "texts").exists():
+            (folder / "texts").mkdir()
+            for number in range(40):
+                words = " ".join(f"{number}.{word}" for word in range(3 + number % 7))
+                (folder / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
+            corpus = Corpus([str(folder / "texts")])
+            prepare(corpus, folder / "prepared", tokenizer.Byte(), validation=0.2, format=self.format)
+        return self.over(folder)
+
+    def over(self, folder: Path) -> slots.Dataset:
+        """The component, reading `folder`."""
+        return self.component.model_copy(update={"path": str(folder / "prepared")})
+
+
+class TestTokens(OnDisk):
+    component = data.Tokens(path="prepared", sequence_length=16)
+
+
+class TestPackedTokens(OnDisk):
+    component = data.Tokens(path="prepared", sequence_length=16, documents="mask", packing="best_fit")
+    slack = 0
+
+
+class TestMaskedTokens(OnDisk):
+    component = data.Tokens(path="prepared", sequence_length=16, documents="mask")
+
+
+class TestShards(OnDisk):
+    component = data.Shards(path="prepared", sequence_length=16)
+    format = "shards"
+
+
+class TestText(OnDisk):
+    component = data.Text(path="texts", sequence_length=16, split="position")
+
+    def over(self, folder: Path) -> slots.Dataset:
+        return self.component.model_copy(update={"path": str(folder / "texts"), "cache": str(folder / "cache")})
+
+    def built(self, folder: Path, seed: int = 0) -> Dataset:
+        return self.make(folder).build(seed, tokenizer.Byte())
+
+
+class TestMixture(OnDisk):
+    component = data.Mixture(members=[data.Member(weight=1, data=data.Tokens(path="prepared", sequence_length=16))])
+    one = data.Tokens(path="prepared", sequence_length=16)
+
+    def over(self, folder: Path) -> slots.Dataset:
+        whole = self.one.model_copy(update={"path": str(folder / "prepared")})
+        return data.Mixture(members=[data.Member(weight=weight, data=whole) for weight in (3, 1)])
+
+    @pytest.mark.skip(reason="shares of two members hold over the stream, so an epoch is not a permutation of the next")
+    def test_an_epoch_holds_every_sequence_once(self) -> None: ...
+
+    @pytest.mark.skip(reason="shares of two members hold over the stream, so an epoch is not a permutation of the next")
+    def test_epochs_and_seeds_differ_in_order(self) -> None: ...
+
+
 class TestNextToken(ObjectiveContract):
     component = training.NextToken()
 
@@ -247,7 +316,7 @@ def test_every_component_of_core_is_held_to_its_contract() -> None:
 
 def test_every_slot_has_a_contract() -> None:
     contracts = [getattr(kit, name) for name in kit.__all__]
-    assert {contract.base for contract in contracts} == {*HOOKS.values(), Component}
+    assert {contract.base for contract in contracts} == {*slots.HOOKS.values(), Component}
 
 
 class TestTheGuard:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sky_core.errors import CheckpointError
-from sky_core.train.ema import EMA
+from sky_core.training.ema import EMA
 
 
 def model() -> nn.Module:

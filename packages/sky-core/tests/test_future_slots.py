@@ -144,7 +144,7 @@ def train(*overrides: str) -> Any:
 
 
 def weights_of(result: Any, name: str = "last") -> dict[str, torch.Tensor]:
-    from sky_core.train.checkpoint import load_tensors
+    from sky_core.training.checkpoint import load_tensors
 
     return load_tensors(result.directory / "checkpoints" / name, "model")
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from sky_core.components.generation import Greedy, Sample
 from sky_core.errors import SkyError, UserError
-from sky_core.generate.decode import Piece, generate_tokens, join, prefill, step, stream_tokens
-from sky_core.generate.text import generate
-from sky_core.generate.text_stream import TextStream
+from sky_core.generation.decode import Piece, generate_tokens, join, prefill, step, stream_tokens
+from sky_core.generation.text import generate
+from sky_core.generation.text_stream import TextStream
 from sky_core.model.cache import Cache
 from sky_core.model.language_model import LanguageModel
 from sky_core.testing.workbench import tiny_model
@@ -304,7 +304,7 @@ def test_a_stream_is_the_whole_text(model: LanguageModel) -> None:
 
 
 def test_generation_goes_on_past_the_context(model: LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "sky_core.generate"):
+    with caplog.at_level(logging.INFO, "sky_core.generation"):
         [row] = generate_tokens(model, BYTES, [RAGGED[1]], sampler=Greedy(), max_new_tokens=200)
     assert len(row.tokens) > 100
     ids, start = list(RAGGED[1]), 0

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from sky_core import api
 from sky_core.cli.sample import sample
 from sky_core.errors import UserError
-from sky_core.generate.text import generate
+from sky_core.generation.text import generate
 from sky_core.model.language_model import LanguageModel
 from sky_core.tokenizer.byte import ByteTokenizer
 

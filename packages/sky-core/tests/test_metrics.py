@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sky_core.errors import SkyError, UserError
-from sky_core.train import metrics
-from sky_core.train.metrics import MetricsLog, TensorBoardLog, Throughput, host_scalars, peak_memory, read_metrics
+from sky_core.training import metrics
+from sky_core.training.metrics import MetricsLog, TensorBoardLog, Throughput, host_scalars, peak_memory, read_metrics
 
 
 def write(path: Path, steps: range) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sky_core.train import muon
-from sky_core.train.muon import Muon, coefficients, orthogonalize, update_scale
+from sky_core.training import muon
+from sky_core.training.muon import Muon, coefficients, orthogonalize, update_scale
 
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (12, 20)]
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from sky_core.components.optimization import AdamW, Muon
 from sky_core.errors import ConfigError, SkyError
-from sky_core.train.engine import LocalEngine
-from sky_core.train.groups import is_embedding_or_head, trainable
+from sky_core.training.engine import LocalEngine
+from sky_core.training.groups import is_embedding_or_head, trainable
 
 
 class Tiny(nn.Module):

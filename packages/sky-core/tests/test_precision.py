@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sky_core.errors import ConfigError
-from sky_core.train import precision
-from sky_core.train.flops import measure_peak_flops, mfu
-from sky_core.train.precision import resolve_precision
+from sky_core.training import precision
+from sky_core.training.flops import measure_peak_flops, mfu
+from sky_core.training.precision import resolve_precision
 
 
 @pytest.mark.parametrize(("hardware", "chosen"), [("AVX512-BF16", "bf16"), ("AMX", "bf16"), (None, "fp32")])

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sky_core.train.progress import LiveProgress, PlainProgress, Progress, duration, make_progress, quantity
+from sky_core.training.progress import LiveProgress, PlainProgress, Progress, duration, make_progress, quantity
 
 METRICS = {
     "loss": 4.8123,

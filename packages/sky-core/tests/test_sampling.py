@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sky_core.components.generation import Greedy, Sample
-from sky_core.generate import sampling
-from sky_core.generate.sampling import TokenSampler, draw, row_generator
+from sky_core.generation import sampling
+from sky_core.generation.sampling import TokenSampler, draw, row_generator
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]])
 logits_BV = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30).map(lambda row: torch.tensor([row]))

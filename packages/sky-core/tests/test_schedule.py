@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sky_core.components.optimization import WSD, Constant, Cosine, Linear
 from sky_core.errors import ConfigError
-from sky_core.train import schedule
+from sky_core.training import schedule
 
 LR, MIN_LR = 1e-3, 1e-4
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from sky_core.api import generate, load, train
+    from sky_core.api import generate, load, resume, train
 
 API_VERSION = 1
 """Version of the hooks and slot contracts; a plugin module states the one it was written for as `sky_api`."""
@@ -26,10 +26,10 @@ __version__ = _version("sky-core")
 hookspec = pluggy.HookspecMarker("sky")
 hookimpl = pluggy.HookimplMarker("sky")
 
-__all__ = ["API_VERSION", "generate", "hookimpl", "hookspec", "load", "train"]
+__all__ = ["API_VERSION", "generate", "hookimpl", "hookspec", "load", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "generate", "train"):
+    if name in ("load", "generate", "train", "resume"):
         return getattr(importlib.import_module("sky_core.api"), name)
     raise AttributeError(f"module 'sky_core' has no attribute {name!r}")

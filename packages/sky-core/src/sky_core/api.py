@@ -10,12 +10,12 @@ import torch
 
 from sky_core.config import Run, parse_run, read_run
 from sky_core.errors import SkyError
-from sky_core.generate.text import generate
+from sky_core.generation.text import generate
 from sky_core.plugins import loaded_plugins
 from sky_core.run_directory import RunDirectory, find_run
 from sky_core.tokenizer.files import load_tokenizer
-from sky_core.train import checkpoint
-from sky_core.train.trainer import Result
+from sky_core.training import checkpoint
+from sky_core.training.trainer import Result
 from sky_core.yaml_file import dump_yaml, read_yaml
 
 if TYPE_CHECKING:

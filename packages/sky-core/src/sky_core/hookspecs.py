@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sky_core.config import Run
     from sky_core.model.language_model import LanguageModel
     from sky_core.tokenizer.base import Tokenizer
-    from sky_core.train.trainer import Result, Trainer
+    from sky_core.training.trainer import Result, Trainer
 
 
 class ModelSpecs:

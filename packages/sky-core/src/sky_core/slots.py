@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from sky_core.data.dataset import Dataset as BuiltDataset
     from sky_core.model.language_model import LanguageModel
     from sky_core.tokenizer.base import Tokenizer as BuiltTokenizer
-    from sky_core.train.engine import Engine as BuiltEngine
-    from sky_core.train.objective import Objective as BuiltObjective
-    from sky_core.train.trainer import Trainer as BuiltTrainer
+    from sky_core.training.engine import Engine as BuiltEngine
+    from sky_core.training.objective import Objective as BuiltObjective
+    from sky_core.training.trainer import Trainer as BuiltTrainer
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Dataset(Component):
 class Objective(Component):
     """A loss from (model, batch). Offered through `sky_objectives`.
 
-    `build(run, tokenizer)` returns a `sky_core.train.objective.Objective`; it may hold further models (a teacher, a
+    `build(run, tokenizer)` returns a `sky_core.training.objective.Objective`; it may hold further models (a teacher, a
     reference) and trainable parameters of its own.
     """
 
@@ -247,7 +247,7 @@ class Schedule(Component):
 class Engine(Component):
     """Backward, step, precision, sharding, save and load. Offered through `sky_engines`.
 
-    `build()` returns a `sky_core.train.engine.Engine`.
+    `build()` returns a `sky_core.training.engine.Engine`.
     """
 
     slot: ClassVar = "engine"
@@ -259,7 +259,7 @@ class Engine(Component):
 class Trainer(Component):
     """A training loop. Offered through `sky_trainers`.
 
-    `build(run, directory)` returns an object with `train() -> Result`; `sky_core.train.trainer.Trainer` is the
+    `build(run, directory)` returns an object with `train() -> Result`; `sky_core.training.trainer.Trainer` is the
     reference.
     """
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sky_core.generate import sampling
-from sky_core.generate.sampling import TokenSampler
+from sky_core.generation import sampling
+from sky_core.generation.sampling import TokenSampler
 
 logits_process = pytest.importorskip("transformers.generation.logits_process", reason="transformers is the oracle")
 

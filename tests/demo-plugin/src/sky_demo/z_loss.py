@@ -14,7 +14,7 @@ import torch
 
 from sky_core.data.dataset import IGNORE, Batch
 from sky_core.model.language_model import LanguageModel
-from sky_core.train.objective import Loss, Objective
+from sky_core.training.objective import Loss, Objective
 
 
 class ZLossObjective(Objective):
@@ -25,9 +25,7 @@ class ZLossObjective(Objective):
         self.coefficient = coefficient
 
     def forward(self, model: LanguageModel, batch: Batch) -> Loss:
-        hidden_BTD = model.hidden(
-            batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT
-        )
+        hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
         carried = batch.targets_BT != IGNORE
         targets_N = batch.targets_BT[carried]
         logits_NV = model.logits(hidden_BTD[carried][None])[0].float()

@@ -40,7 +40,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
 
     from sky_core.plugins import loaded_plugins
     from sky_core.run_directory import machine
-    from sky_core.train.precision import resolve_precision
+    from sky_core.training.precision import resolve_precision
 
     here, problems = machine(), []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

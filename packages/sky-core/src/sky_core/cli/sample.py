@@ -52,8 +52,8 @@ def sample(
 
     from sky_core.api import load
     from sky_core.errors import UserError
-    from sky_core.generate.decode import generate_tokens, stream_tokens
-    from sky_core.generate.text import encode_prompts, make_sampler
+    from sky_core.generation.decode import generate_tokens, stream_tokens
+    from sky_core.generation.text import encode_prompts, make_sampler
 
     sampler = make_sampler(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

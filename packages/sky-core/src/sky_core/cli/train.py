@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from sky_core.train.trainer import Result
+    from sky_core.training.trainer import Result
 
 
 @click.command()

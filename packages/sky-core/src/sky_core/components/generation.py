@@ -19,7 +19,7 @@ class Greedy(Sampler):
     kind: ClassVar = "greedy"
 
     def build(self) -> Callable[..., torch.Tensor]:
-        from sky_core.generate.sampling import TokenSampler
+        from sky_core.generation.sampling import TokenSampler
 
         return TokenSampler(temperature=0)
 
@@ -44,6 +44,6 @@ class Sample(Sampler):
     ] = 1.0
 
     def build(self) -> Callable[..., torch.Tensor]:
-        from sky_core.generate.sampling import TokenSampler
+        from sky_core.generation.sampling import TokenSampler
 
         return TokenSampler(**self.model_dump())

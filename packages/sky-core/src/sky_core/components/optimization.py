@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules (torch-free: schema here, code in `sky_core.train`)."""
+"""Optimizers and learning-rate schedules (torch-free: schema here, code in `sky_core.training`)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class AdamW(Optimizer):
     ] = "auto"
 
     def build(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
-        from sky_core.train import groups
-        from sky_core.train.adamw import build_adamw
+        from sky_core.training import groups
+        from sky_core.training.adamw import build_adamw
 
         parameters = groups.trainable(named_parameters)
         spared = groups.matching(self.no_decay, [name for name, _ in parameters], "optimizer.no_decay")
@@ -76,7 +76,7 @@ class Muon(Optimizer):
     adamw: Annotated[AdamW, Field(description="options of AdamW for what is no hidden matrix")] = AdamW(lr=3e-3)
 
     def build(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
-        from sky_core.train import groups, muon
+        from sky_core.training import groups, muon
 
         parameters = groups.trainable(named_parameters)
         hidden, others = muon.split(parameters, self.exclude)
@@ -101,7 +101,7 @@ class Constant(Schedule):
     warmup: WarmUp = 0.02
 
     def build(self, steps: int) -> Callable[[int], float]:
-        from sky_core.train import schedule
+        from sky_core.training import schedule
 
         return schedule.constant(steps, warmup=self.warmup)
 
@@ -116,7 +116,7 @@ class Linear(Schedule):
     decay_steps: DecaySteps = None
 
     def build(self, steps: int) -> Callable[[int], float]:
-        from sky_core.train import schedule
+        from sky_core.training import schedule
 
         return schedule.linear(steps, warmup=self.warmup, final=self.final, decay_steps=self.decay_steps)
 
@@ -132,7 +132,7 @@ class Cosine(Schedule):
     decay_steps: DecaySteps = None
 
     def build(self, steps: int) -> Callable[[int], float]:
-        from sky_core.train import schedule
+        from sky_core.training import schedule
 
         return schedule.cosine(steps, warmup=self.warmup, final=self.final, decay_steps=self.decay_steps)
 
@@ -151,6 +151,6 @@ class WSD(Schedule):
     ] = "sqrt"
 
     def build(self, steps: int) -> Callable[[int], float]:
-        from sky_core.train import schedule
+        from sky_core.training import schedule
 
         return schedule.wsd(steps, warmup=self.warmup, decay=self.decay, final=self.final, shape=self.shape)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from sky_core.config import Run
     from sky_core.run_directory import RunDirectory
     from sky_core.tokenizer.base import Tokenizer
-    from sky_core.train.callbacks import EarlyStop as BuiltEarlyStop
-    from sky_core.train.engine import LocalEngine
-    from sky_core.train.objective import NextToken as BuiltNextToken
-    from sky_core.train.trainer import Trainer
+    from sky_core.training.callbacks import EarlyStop as BuiltEarlyStop
+    from sky_core.training.engine import LocalEngine
+    from sky_core.training.objective import NextToken as BuiltNextToken
+    from sky_core.training.trainer import Trainer
 
 
 class NextToken(slots.Objective):
@@ -26,7 +26,7 @@ class NextToken(slots.Objective):
     paper: ClassVar = "Shannon 1951, Prediction and Entropy of Printed English"
 
     def build(self, run: Run, tokenizer: Tokenizer) -> BuiltNextToken:
-        from sky_core.train.objective import NextToken as Built
+        from sky_core.training.objective import NextToken as Built
 
         return Built()
 
@@ -37,7 +37,7 @@ class Local(slots.Engine):
     kind: ClassVar = "local"
 
     def build(self) -> LocalEngine:
-        from sky_core.train.engine import LocalEngine
+        from sky_core.training.engine import LocalEngine
 
         return LocalEngine()
 
@@ -76,7 +76,7 @@ class Fit(slots.Trainer):
     ] = Field(default={}, validate_default=True)
 
     def build(self, run: Run, directory: RunDirectory) -> Trainer:
-        from sky_core.train.trainer import Trainer
+        from sky_core.training.trainer import Trainer
 
         return Trainer(self, run, directory)
 
@@ -90,6 +90,6 @@ class EarlyStop(slots.Callback):
     min_delta: Annotated[float, Field(ge=0, description="nats by which a new best must be lower")] = 0.0
 
     def build(self, trainer: Any) -> BuiltEarlyStop:
-        from sky_core.train.callbacks import EarlyStop as Built
+        from sky_core.training.callbacks import EarlyStop as Built
 
         return Built(trainer, self.patience, self.min_delta)

@@ -27,7 +27,7 @@ class AdapterContract(ComponentContract):
     base = Adapter
 
     def model(self) -> LanguageModel:
-        return shaken(tiny_model(VOCAB, tie_embeddings=False))  # type: ignore[return-value]
+        return shaken(tiny_model(VOCAB, tie_embeddings=False))
 
     def attach(self, model: LanguageModel) -> Any:
         torch.manual_seed(1)

@@ -5,7 +5,7 @@ B batch, T time, D model width, P prefix length, G key/value heads, E width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sky_core.errors import UserError
+from sky_core.model.mask import Mask
 from sky_core.slots import Attention
 from sky_core.testing.component import ComponentContract
 from sky_core.testing.workbench import (
@@ -34,8 +35,6 @@ class AttentionContract(ComponentContract):
     """An attention layer. What is switched off below must be refused with a `UserError`, never ignored."""
 
     base = Attention
-    visible: ClassVar[Callable[[int, int], bool] | None] = None
-    """Whether query t sees key s of one causal row; None: every s <= t."""
     softmax: ClassVar[bool] = True
     """Computes softmax(QKᵀ)V over what is visible with `q_proj k_proj v_proj o_proj` (compared with that equation)."""
     position: ClassVar[str] = "rope"
@@ -64,8 +63,10 @@ class AttentionContract(ComponentContract):
         position = component("position", changes.pop("position", self.position)).build(32, head_dim, 32)
         return shaken(fresh(self.component.build, attention_spec(position.in_layers(), **changes)))
 
-    def sees(self, t: int, s: int) -> bool:
-        return s <= t if self.visible is None else type(self).visible(t, s)  # type: ignore[misc]
+    @staticmethod
+    def visible(t: int, s: int) -> bool:
+        """Whether query t sees key s of one causal row."""
+        return s <= t
 
     def close(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
         assert_close(actual, expected, self.tolerance)
@@ -84,7 +85,7 @@ class AttentionContract(ComponentContract):
         for t in range(11):
             (gradient,) = torch.autograd.grad(y_BTD[0, t].sum(), x_BTD, retain_graph=True)
             seen = gradient[0].abs().sum(-1) > 0
-            assert seen.tolist() == [self.sees(t, s) for s in range(11)], f"query {t}"
+            assert seen.tolist() == [self.visible(t, s) for s in range(11)], f"query {t}"
 
     def test_it_equals_softmax_attention_over_what_is_visible(self) -> None:
         if not self.softmax:
@@ -94,9 +95,9 @@ class AttentionContract(ComponentContract):
             getattr(layer, name)(x_BTD).unflatten(-1, (-1, self.spec.get("head_dim", 8))).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        allowed = torch.tensor([[self.sees(t, s) for s in range(11)] for t in range(11)])
-        heads = dense_kernel(q, k, v, _Fixed(allowed))  # type: ignore[arg-type]
-        self.close(Feed(layer, 2, cached=False)(x_BTD), layer.o_proj(heads.transpose(1, 2).flatten(-2)))  # type: ignore[operator]
+        allowed = torch.tensor([[self.visible(t, s) for s in range(11)] for t in range(11)])
+        heads = dense_kernel(q, k, v, _Table(allowed_TS=allowed))
+        self.close(Feed(layer, 2, cached=False)(x_BTD), layer.o_proj(heads.transpose(1, 2).flatten(-2)))
 
     def test_future_tokens_do_not_change_the_past(self) -> None:
         feed, x_BTD = Feed(self.layer(), 2, cached=False), noise(2, 11, 32)
@@ -224,16 +225,17 @@ class AttentionContract(ComponentContract):
         assert not gradient[:, :5].any(), "the gradient runs through a detached state"
 
     def test_state_has_the_batch_first_and_names_its_tensors(self) -> None:
-        state = self.layer().new_cache(3, 16, torch.device("cpu"), torch.float32)  # type: ignore[operator]
+        state = self.layer().new_cache(3, 16, torch.device("cpu"), torch.float32)
         assert all(tensor.shape[0] == 3 for tensor in state.tensors().values())
         assert state.replace(state.tensors()).tensors().keys() == state.tensors().keys()
 
 
-class _Fixed:
+@dataclass(frozen=True)
+class _Table(Mask):
     """A mask given as a table of booleans."""
 
-    def __init__(self, allowed_TS: torch.Tensor) -> None:
-        self.allowed_TS = allowed_TS
+    allowed_TS: torch.Tensor | None = None
 
-    def dense(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    def dense(self, queries: int, keys: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        assert self.allowed_TS is not None
         return self.allowed_TS

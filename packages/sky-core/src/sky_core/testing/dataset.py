@@ -21,11 +21,13 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class DatasetContract(ComponentContract):
-    """A dataset. Override `make` when the component reads files; keep them small (a hundred sequences are plenty)."""
+    """A dataset. Override `make` when the component reads files: a hundred short sequences, no two of them equal."""
 
     base = Dataset
     next_token: ClassVar[bool] = True
     """Targets are the tokens shifted by one."""
+    slack: ClassVar[int] = 0
+    """Targets that an epoch may leave out at the ends (windows that begin elsewhere in every epoch)."""
     reshuffles: ClassVar[bool] = True
     """The order of the training sequences depends on the seed and changes from epoch to epoch."""
     validates: ClassVar[bool] = True
@@ -72,8 +74,16 @@ class DatasetContract(ComponentContract):
     def test_an_epoch_holds_every_sequence_once(self, dataset: BuiltDataset) -> None:
         size = len(dataset)
         assert size > 0
-        first, second = (Counter(rows(dataset.batch(epoch * size, size))) for epoch in range(2))
-        assert first == second
+        epochs = [rows(dataset.batch(epoch * size, size)) for epoch in range(2)]
+        assert all(len(set(epoch)) == size for epoch in epochs), "a sequence comes twice in an epoch"
+        self._same_content(*epochs)
+
+    def _same_content(self, one: list[Row], two: list[Row]) -> None:
+        """The same sequences, or with `slack` the same targets up to that many."""
+        if self.slack == 0:
+            assert Counter(one) == Counter(two)
+        mine, theirs = (Counter(y for _, targets in epoch for y in targets if y != IGNORE) for epoch in (one, two))
+        assert max((mine - theirs).total(), (theirs - mine).total()) <= self.slack
 
     def test_epochs_and_seeds_differ_in_order(self, tmp_path: Path) -> None:
         if not self.reshuffles:
@@ -83,7 +93,7 @@ class DatasetContract(ComponentContract):
         assert size > 3, "give the contract a few more sequences"
         assert rows(dataset.batch(0, size)) != rows(dataset.batch(size, size))
         assert rows(dataset.batch(0, size)) != rows(other.batch(0, size))
-        assert Counter(rows(dataset.batch(0, size))) == Counter(rows(other.batch(0, size)))
+        self._same_content(rows(dataset.batch(0, size)), rows(other.batch(0, size)))
 
     def test_a_batch_may_cross_the_border_of_epochs(self, dataset: BuiltDataset) -> None:
         size = len(dataset)

@@ -29,9 +29,9 @@ from sky_core.testing.workbench import (
     tiny_tokenizer,
     weights,
 )
-from sky_core.train.engine import Engine as BuiltEngine
-from sky_core.train.engine import Step
-from sky_core.train.trainer import EVENTS
+from sky_core.training.engine import Engine as BuiltEngine
+from sky_core.training.engine import Step
+from sky_core.training.trainer import EVENTS
 
 ARGUMENTS = {
     "on_start": (),

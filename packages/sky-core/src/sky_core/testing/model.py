@@ -71,8 +71,8 @@ class ModelContract(ComponentContract):
         )
         actual = model.nll(hidden_BTD, targets_BT)
         assert_close(actual, expected, self.tolerance)
-        gradients = (torch.autograd.grad(loss, hidden_BTD)[0] for loss in (actual, expected))
-        assert_close(*gradients, self.tolerance)
+        mine, theirs = (torch.autograd.grad(loss, hidden_BTD)[0] for loss in (actual, expected))
+        assert_close(mine, theirs, self.tolerance)
 
     def test_nll_of_nothing_is_zero(self) -> None:
         model, tokens_BT = self.model(), self.tokens()

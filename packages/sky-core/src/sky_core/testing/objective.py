@@ -24,8 +24,8 @@ from sky_core.testing.workbench import (
     weights,
 )
 from sky_core.tokenizer.base import Tokenizer
-from sky_core.train.objective import Loss
-from sky_core.train.objective import Objective as BuiltObjective
+from sky_core.training.objective import Loss
+from sky_core.training.objective import Objective as BuiltObjective
 
 LENGTHS = (16, 3, 9, 12)
 """Real tokens of the batch's rows."""

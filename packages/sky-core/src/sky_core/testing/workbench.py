@@ -183,7 +183,7 @@ def generators_untouched() -> Iterator[None]:
     import numpy as np
 
     def states() -> tuple[Any, ...]:
-        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
     before = states()
     yield

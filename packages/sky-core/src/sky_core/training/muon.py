@@ -37,8 +37,8 @@ from typing import Any, Literal
 import torch
 
 from sky_core.errors import ConfigError
-from sky_core.train.groups import Named, describe, is_hidden_matrix, matching
-from sky_core.train.precision import bf16_hardware
+from sky_core.training.groups import Named, describe, is_hidden_matrix, matching
+from sky_core.training.precision import bf16_hardware
 
 log = logging.getLogger(__name__)
 

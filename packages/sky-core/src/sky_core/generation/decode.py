@@ -5,7 +5,7 @@ decides which rows are finished, drops those from the batch and streams the rest
 prompt, its index and the seed, never on which other rows are in the batch.
 
 Past the model's context: a row whose cache is full is prefilled again with the last half of the context (its newest
-tokens, at positions from 0) and goes on; `sky_core.generate` logs it once. Up to there nothing differs.
+tokens, at positions from 0) and goes on; `sky_core.generation` logs it once. Up to there nothing differs.
 
 B rows, T time (tokens), D model width, V vocabulary.
 """
@@ -23,8 +23,8 @@ import torch
 from sky_core.components.generation import Sample
 from sky_core.errors import SkyError, UserError
 from sky_core.eval.mode import evaluating
-from sky_core.generate.sampling import row_generator
-from sky_core.generate.text_stream import TextStream
+from sky_core.generation.sampling import row_generator
+from sky_core.generation.text_stream import TextStream
 from sky_core.model.cache import Cache
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sky_core.slots import Sampler
     from sky_core.tokenizer.base import Tokenizer
 
-log = logging.getLogger("sky_core.generate")
+log = logging.getLogger("sky_core.generation")
 
 Finish = Literal["stop", "length", "end_of_text"]
 """Why a row ended: a stop string, `max_new_tokens`, or the model itself."""

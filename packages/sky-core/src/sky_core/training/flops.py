@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from sky_core.train.precision import bf16_hardware
+from sky_core.training.precision import bf16_hardware
 
 Shape = tuple[int, int, int]
 

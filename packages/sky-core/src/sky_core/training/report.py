@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sky_core.files import append_json_line, write_atomic
-from sky_core.generate.text import generate
+from sky_core.generation.text import generate
 from sky_core.run_directory import utc_now
-from sky_core.train.flops import measure_peak_flops
-from sky_core.train.metrics import (
+from sky_core.training.flops import measure_peak_flops
+from sky_core.training.metrics import (
     MetricsLog,
     MetricsWriter,
     TensorBoardLog,
@@ -22,11 +22,11 @@ from sky_core.train.metrics import (
     peak_memory,
     rewind,
 )
-from sky_core.train.progress import make_progress
+from sky_core.training.progress import make_progress
 from sky_core.yaml_file import dump_yaml
 
 if TYPE_CHECKING:
-    from sky_core.train.trainer import Result, Trainer
+    from sky_core.training.trainer import Result, Trainer
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sky_core.errors import CheckpointError
-from sky_core.train.objective import Loss, Objective
+from sky_core.training.objective import Loss, Objective
 
 if TYPE_CHECKING:
     from sky_core.data.dataset import Batch
@@ -106,7 +106,7 @@ class LocalEngine(Engine):
     """One process, one device: CUDA where there is one, else the CPU."""
 
     def setup(self, precision: str, *, compile: bool) -> None:
-        from sky_core.train.precision import resolve_precision
+        from sky_core.training.precision import resolve_precision
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.precision = resolve_precision(precision, self.device)

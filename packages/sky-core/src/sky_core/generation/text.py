@@ -1,4 +1,4 @@
-"""Text in, text out: `generate` on top of the token loop of `sky_core.generate.decode`."""
+"""Text in, text out: `generate` on top of the token loop of `sky_core.generation.decode`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from sky_core.components.generation import Sample
 from sky_core.errors import UserError
-from sky_core.generate.decode import generate_tokens, stream_tokens
+from sky_core.generation.decode import generate_tokens, stream_tokens
 
 if TYPE_CHECKING:
     from sky_core.model.language_model import LanguageModel

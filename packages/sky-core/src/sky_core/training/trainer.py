@@ -21,11 +21,11 @@ import torch
 from sky_core.errors import Diverged, UserError
 from sky_core.plugins import loaded_plugins
 from sky_core.run_directory import HEARTBEAT_SECONDS, RunDirectory
-from sky_core.train import checkpoint
-from sky_core.train.build import build_model
-from sky_core.train.engine import Step
-from sky_core.train.report import Report
-from sky_core.train.signals import StopSignals
+from sky_core.training import checkpoint
+from sky_core.training.build import build_model
+from sky_core.training.engine import Step
+from sky_core.training.report import Report
+from sky_core.training.signals import StopSignals
 from sky_core.yaml_file import dump_yaml
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ class Trainer:
     def _build_ema(self) -> Any:
         if self.fit.ema is None:
             return None
-        from sky_core.train.ema import EMA
+        from sky_core.training.ema import EMA
 
         return EMA(self.module, self.fit.ema)
 

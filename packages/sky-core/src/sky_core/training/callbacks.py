@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sky_core.errors import UserError
 
 if TYPE_CHECKING:
-    from sky_core.train.trainer import Trainer
+    from sky_core.training.trainer import Trainer
 
 
 class EarlyStop:

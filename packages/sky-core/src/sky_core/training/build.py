@@ -36,7 +36,7 @@ def build_model(run: Run, tokenizer: Tokenizer) -> LanguageModel:
             )
         from pathlib import Path
 
-        from sky_core.train.checkpoint import load_weights
+        from sky_core.training.checkpoint import load_weights
 
         load_weights(model, other.state_dict(), Path(run.init))
         log.info("weights start from %s", run.init)
