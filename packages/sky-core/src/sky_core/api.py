@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sky_core.config import Run, parse_run, read_run
-from sky_core.errors import SkyError
+from sky_core.errors import SkyError, UserError
 from sky_core.generation.text import generate
 from sky_core.plugins import loaded_plugins
 from sky_core.run_directory import RunDirectory, find_run
@@ -70,8 +70,12 @@ def open_run(source: str | Path) -> RunDirectory:
 def train(run: str | Path | dict[str, Any] | Run, overrides: Iterable[str] = ()) -> Result:
     """Train a run file (or the same as a mapping) in a new run directory; returns how it ended.
 
-    `overrides` are `dotted.path=value` strings. Raises `ConfigError`, `DataError`, `Diverged`, ...
+    `overrides` are `dotted.path=value` strings and belong to a run file. Raises `ConfigError`, `DataError`,
+    `Diverged`, ...
     """
+    overrides = list(overrides)
+    if overrides and not isinstance(run, str | Path):
+        raise UserError(f"overrides ({', '.join(overrides)}) change a run file; a mapping is changed before it is given")
     if isinstance(run, str | Path):
         resolved, given = read_run(run, overrides), Path(run).read_text(encoding="utf-8")
     elif isinstance(run, Run):
