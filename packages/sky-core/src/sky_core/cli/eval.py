@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import click
 
 LABELS = {
@@ -64,6 +66,11 @@ def evaluate(run: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(results))
         return
+    print_evaluation(results)
+
+
+def print_evaluation(results: Mapping[str, float]) -> None:
+    """A line for each number."""
     for name, value in results.items():
         label, form = LABELS.get(name, (name, ".4f"))
         click.echo(f"{label:<16}{value:>16{form}}")
