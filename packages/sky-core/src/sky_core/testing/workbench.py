@@ -187,7 +187,8 @@ def generators_untouched() -> Iterator[None]:
 
     before = states()
     yield
-    assert states() == before, "a global random generator was drawn from or seeded"
+    untouched = states() == before
+    assert untouched, "a global random generator was drawn from or seeded"
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
