@@ -35,16 +35,16 @@ test: .venv-nox/ready  ## run the whole test matrix
 	.venv-nox/bin/python tools/matrix.py
 
 lint: .venv-nox/ready  ## check format, style and types
-	$(NOX) -R -s lint
+	$(NOX) -r -s lint
 
 format: .venv-nox/ready  ## rewrite what the linter can rewrite
-	$(NOX) -R -s lint -- fix
+	$(NOX) -r -s lint -- fix
 
 docs: .venv-nox/ready  ## build the documentation into docs/_build/html
-	$(NOX) -R -s docs
+	$(NOX) -r -s docs
 
 notebooks: .venv-nox/ready  ## execute every notebook in smoke mode
-	$(NOX) -R -s notebooks
+	$(NOX) -r -s notebooks
 
 clean:  ## remove environments, caches and builds; runs/ and data/ stay
 	rm -rf .venv .venv-nox .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
