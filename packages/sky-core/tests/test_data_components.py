@@ -1,4 +1,4 @@
-"""The dataset components: what a run file writes, the contract they pass, and what they refuse."""
+"""The dataset components: what a run file writes, what is cached, and what they refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from sky_core.data.prepare import prepare
 from sky_core.data.read import Corpus
 from sky_core.data.tokens import TokenFiles
 from sky_core.errors import DataError
-from sky_core.testing import DatasetContract
 
 LINES = "".join(f"The {i}th line says {i * i} and {i * i * i}.\n" for i in range(150))
 
@@ -33,64 +32,6 @@ def prepared(folder: Path, *, format: Any = "tokens", tokenizer: slots.Tokenizer
     out = folder / format
     prepare(Corpus([folder / "text.txt"]), out, tokenizer or Byte(), split="position", format=format, reuse=True)
     return out
-
-
-class RecutEveryEpoch(DatasetContract):
-    """Epochs of a stream are cut at other places: the targets are the same in each, the windows are not
-    (test_data_tokens.py has the law that holds instead)."""
-
-    @pytest.mark.skip(reason="every epoch is cut at other places")
-    def test_an_epoch_holds_every_sequence_once(self) -> None: ...
-
-    @pytest.mark.skip(reason="every epoch is cut at other places")
-    def test_epochs_and_seeds_differ_in_order(self) -> None: ...
-
-
-class TestTokens(RecutEveryEpoch):
-    component = data.Tokens(path="made below", sequence_length=32)
-
-    def make(self, folder: Path) -> slots.Dataset:
-        return data.Tokens(path=str(prepared(folder)), sequence_length=32)
-
-
-class TestTokensMasked(RecutEveryEpoch):
-    component = data.Tokens(path="made below", sequence_length=32, documents="mask")
-
-    def make(self, folder: Path) -> slots.Dataset:
-        return data.Tokens(path=str(prepared(folder)), sequence_length=32, documents="mask")
-
-
-class TestTokensPacked(DatasetContract):
-    component = data.Tokens(path="made below", sequence_length=32, packing="best_fit", documents="mask")
-
-    def make(self, folder: Path) -> slots.Dataset:
-        return data.Tokens(path=str(prepared(folder)), sequence_length=32, packing="best_fit", documents="mask")
-
-
-class TestShards(RecutEveryEpoch):
-    component = data.Shards(path="made below", sequence_length=32)
-
-    def make(self, folder: Path) -> slots.Dataset:
-        return data.Shards(path=str(prepared(folder, format="shards")), sequence_length=32)
-
-
-class TestText(RecutEveryEpoch):
-    component = data.Text(path="made below", sequence_length=32)
-
-    def make(self, folder: Path) -> slots.Dataset:
-        (folder / "text.txt").write_text(LINES)
-        return data.Text(
-            path=str(folder / "text.txt"), sequence_length=32, split="position", cache=str(folder / "cache")
-        )
-
-
-class TestMixture(RecutEveryEpoch):
-    component = data.Mixture(members=[data.Member(weight=1, data=data.Tokens(path="made below", sequence_length=32))])
-
-    def make(self, folder: Path) -> slots.Dataset:
-        one = data.Tokens(path=str(prepared(folder)), sequence_length=32)
-        other = data.Shards(path=str(prepared(folder, format="shards")), sequence_length=32)
-        return data.Mixture(members=[data.Member(weight=0.7, data=one), data.Member(weight=0.3, data=other)])
 
 
 def test_text_is_prepared_once_and_says_so(text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
