@@ -118,13 +118,13 @@ class WindowCache(LayerCache):
         batch, _, tokens, _ = k_BGTE.shape
         window = self.k_BGWE.shape[2]
         keys, values = torch.cat((self.k_BGWE, k_BGTE), dim=2), torch.cat((self.v_BGWE, v_BGTE), dim=2)
-        real_BS = torch.arange(window + tokens) >= window - self.filled_B[:, None]
+        keys_BS = torch.arange(window + tokens) - window + self.filled_B[:, None]
         counts_B = torch.full((batch,), tokens) if ctx.valid_BT is None else ctx.valid_BT.sum(1)
         last_BW = (counts_B[:, None] + torch.arange(window))[:, None, :, None]
         self.k_BGWE = keys.take_along_dim(last_BW, dim=2)
         self.v_BGWE = values.take_along_dim(last_BW, dim=2)
         self.filled_B = (self.filled_B + counts_B).clamp(max=window)
-        return keys, values, Mask(window=window, documents_BS=real_BS.long())
+        return keys, values, Mask(window=window, keys_BS=keys_BS)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"k": self.k_BGWE, "v": self.v_BGWE, "filled": self.filled_B}

@@ -26,6 +26,10 @@ def masks(draw: st.DrawFn, batch: int = 2) -> tuple[Mask, int, int]:
             st.lists(st.lists(st.integers(0, 1), min_size=total, max_size=total), min_size=batch, max_size=batch)
         )
         documents_BS = torch.tensor(steps).cumsum(1)
+    keys_BS = None
+    if not ragged and not documents and draw(st.booleans()):
+        held = torch.tensor(draw(st.lists(st.integers(0, earlier), min_size=batch, max_size=batch)))
+        keys_BS = torch.arange(total) - earlier + held[:, None]
     prefix = draw(st.none() | st.lists(st.integers(0, total), min_size=batch, max_size=batch))
     mask = Mask(
         causal=draw(st.booleans()),
@@ -33,6 +37,7 @@ def masks(draw: st.DrawFn, batch: int = 2) -> tuple[Mask, int, int]:
         prefix_B=None if prefix is None else torch.tensor(prefix),
         documents_BS=documents_BS,
         slots_BT=slots,
+        keys_BS=keys_BS,
         front=front,
     )
     return mask, queries, total + front
@@ -42,14 +47,19 @@ def allowed_by_the_words(mask: Mask, b: int, t: int, s: int, queries: int, keys:
     if s < mask.front:
         return True
     s, total = s - mask.front, keys - mask.front
-    slot = total - queries + t if mask.slots_BT is None else int(mask.slots_BT[b, t])
+    place = total - queries + t
+    slot = place if mask.slots_BT is None else int(mask.slots_BT[b, t])
+    if mask.keys_BS is not None:
+        s, slot = int(mask.keys_BS[b, s]), int(mask.keys_BS[b, place])
+        if s < 0:
+            return False
     sees = s <= slot or not mask.causal
     if mask.prefix_B is not None and s < int(mask.prefix_B[b]):
         sees = True
     if mask.window is not None and abs(slot - s) >= mask.window:
         sees = False
     if mask.documents_BS is not None:
-        mine = int(mask.documents_BS[b, total - queries + t])
+        mine = int(mask.documents_BS[b, place])
         sees = sees and mine == int(mask.documents_BS[b, s])
     return sees
 

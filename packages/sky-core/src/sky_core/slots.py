@@ -259,8 +259,8 @@ class Engine(Component):
 class Trainer(Component):
     """A training loop. Offered through `sky_trainers`.
 
-    `build(run, directory)` returns an object with `train() -> Result`; `sky_core.training.trainer.Trainer` is the
-    reference.
+    `build(run, directory)` returns an object with `resume(checkpoint: Path | None) -> None` (None: a run without one),
+    called once, then `train() -> Result`; `sky_core.training.trainer.Trainer` is the reference.
     """
 
     slot: ClassVar = "trainer"

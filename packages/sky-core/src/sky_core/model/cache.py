@@ -32,7 +32,8 @@ class LayerCache(ABC):
         """Forget the rows where the boolean `rows_B` is true, in place."""
 
     def detach(self) -> LayerCache:
-        return self.replace({name: tensor.detach() for name, tensor in self.tensors().items()})
+        """A copy that gradients do not enter: writing to it leaves what an earlier segment's backward needs alone."""
+        return self.replace({name: tensor.detach().clone() for name, tensor in self.tensors().items()})
 
     def select(self, rows: torch.Tensor) -> LayerCache:
         """State whose row i is row rows[i] of this one (reorder, repeat or drop rows)."""

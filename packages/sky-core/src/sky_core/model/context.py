@@ -30,6 +30,7 @@ class Context:
     aligned: bool = True
     slots_BT: torch.Tensor | None = None
     valid_BT: torch.Tensor | None = None
+    documents_BT: torch.Tensor | None = None
     cache: Cache | None = None
     prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Layer -> (k_BHPE, v_BHPE) that every query of that layer sees first (the tap of prefix tuning; B may be 1)."""
@@ -87,6 +88,7 @@ class Context:
             aligned=aligned,
             slots_BT=rows_slots_BT,
             valid_BT=valid_BT,
+            documents_BT=documents_BT,
             cache=cache,
             collect=collect,
         )

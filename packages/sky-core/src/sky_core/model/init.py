@@ -1,13 +1,13 @@
 """Initialisation in one place (Radford et al. 2019, GPT-2, section 2.3).
 
-    matrices and tables                  N(0, std²), std = initializer_range
-    o_proj, down_proj                    N(0, (std / sqrt(2 n_layer))²): each layer adds to the residual stream twice,
-                                         so its variance stays that of one addition
-    norms                                weight 1, bias 0
-    other biases                         0
+    weights of linear layers and embeddings    N(0, std²), std = initializer_range
+    of those, o_proj and down_proj             N(0, (std / sqrt(2 n_layer))²): each layer adds to the residual stream
+                                               twice, so its variance stays that of one addition
+    biases of linear layers                    0
+    everything else (norms, gates, ...)        as its module was built: norms have weight 1 and bias 0
 
-A module that needs something else has a method `init_weights()`, which is then all that is done to it and what it
-holds. Weights depend on torch's global generator only: the same `torch.manual_seed` gives the same model.
+A module whose linear layers need something else has a method `init_weights()`, which is then all that is done to it
+and what it holds. Weights depend on torch's global generator only: the same `torch.manual_seed` gives the same model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ def init_weights(module: nn.Module, std: float, n_layer: int, name: str = "") ->
     if own is not None:
         own()
         return
-    for parameter_name, parameter in module.named_parameters(recurse=False):
-        if parameter_name == "bias":
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.normal_(parameter, std=std / (2 * n_layer) ** 0.5 if name in RESIDUAL else std)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=std / (2 * n_layer) ** 0.5 if name in RESIDUAL else std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
     for child_name, child in module.named_children():
         init_weights(child, std, n_layer, child_name)

@@ -55,7 +55,8 @@ def sdpa(
     """y_BHTF by torch's fused attention."""
     heads, groups = q_BHTE.shape[1], k_BGSE.shape[1]
     queries, keys = q_BHTE.shape[2], k_BGSE.shape[2]
-    if queries == 1 and mask.slots_BT is None and not mask.front and mask.documents_BS is None:
+    row_ends = mask.slots_BT is None and mask.keys_BS is None
+    if queries == 1 and row_ends and not mask.front and mask.documents_BS is None:
         # One new token at the end of its row sees everything, or its window: cut the keys instead of masking them.
         if mask.window is not None:
             k_BGSE, v_BGSF = k_BGSE[:, :, -mask.window :], v_BGSF[:, :, -mask.window :]
@@ -76,7 +77,7 @@ def _lowered(mask: Mask, queries: int, keys: int, like: torch.Tensor) -> tuple[t
     """(additive mask or None, is_causal) for torch. `is_causal` counts from the first key: right only when T == S."""
     if mask.is_plain_causal and queries == keys:
         return None, True
-    if not mask.causal and mask.window is None and mask.documents_BS is None:
+    if not mask.causal and mask.window is None and mask.documents_BS is None and mask.keys_BS is None:
         return None, False
 
     def additive() -> torch.Tensor:

@@ -21,6 +21,7 @@ class Mask:
     - `prefix_B`: the first prefix_B[b] tokens of row b are seen by the whole row (prefix LM).
     - `documents_BS`: both belong to the same document; queries are the last T keys.
     - `slots_BT`: index of each query in its row; None means that the T queries are the last of the S keys.
+    - `keys_BS`: index of each key in its row, negative where the place is empty; None means 0..S-1.
     - `front` P: before all of these stand P further keys that every query sees (key/value prefixes, memories).
 
     A mask lives for one forward pass. What is derived from it (other masks, lowered forms) is kept in `memo`, so that
@@ -32,6 +33,7 @@ class Mask:
     prefix_B: torch.Tensor | None = None
     documents_BS: torch.Tensor | None = None
     slots_BT: torch.Tensor | None = None
+    keys_BS: torch.Tensor | None = None
     front: int = 0
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -59,25 +61,25 @@ class Mask:
             and self.prefix_B is None
             and self.documents_BS is None
             and self.slots_BT is None
+            and self.keys_BS is None
             and self.front == 0
         )
 
     def dense(self, queries: int, keys: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """The mask as booleans: (B, 1, T, S) or (1, 1, T, S), true where attention is allowed. `keys` counts front."""
-        s_S = torch.arange(keys - self.front, device=device)
-        if self.slots_BT is None:
-            t_BT = torch.arange(keys - self.front - queries, keys - self.front, device=device)[None]
-        else:
-            t_BT = self.slots_BT
-        t_BT1 = t_BT[:, :, None]
-        allowed_BTS = (s_S <= t_BT1) if self.causal else torch.ones_like(s_S <= t_BT1)
+        s_BS = torch.arange(keys - self.front, device=device)[None] if self.keys_BS is None else self.keys_BS
+        t_BT = s_BS[:, s_BS.shape[1] - queries :] if self.slots_BT is None else self.slots_BT
+        t_BT1, s_B1S = t_BT[:, :, None], s_BS[:, None, :]
+        allowed_BTS = (s_B1S <= t_BT1) if self.causal else torch.ones_like(s_B1S <= t_BT1)
         if self.prefix_B is not None:
-            allowed_BTS = allowed_BTS | (s_S < self.prefix_B[:, None, None])
+            allowed_BTS = allowed_BTS | (s_B1S < self.prefix_B[:, None, None])
         if self.window is not None:
-            allowed_BTS = allowed_BTS & ((t_BT1 - s_S).abs() < self.window)
+            allowed_BTS = allowed_BTS & ((t_BT1 - s_B1S).abs() < self.window)
         if self.documents_BS is not None:
             mine_BT1 = self.documents_BS[:, -queries:, None]
             allowed_BTS = allowed_BTS & (mine_BT1 == self.documents_BS[:, None, :])
+        if self.keys_BS is not None:
+            allowed_BTS = allowed_BTS & (s_B1S >= 0)
         if self.front:
             allowed_BTS = torch.nn.functional.pad(allowed_BTS, (self.front, 0), value=True)
         return allowed_BTS[:, None]

@@ -31,6 +31,8 @@ MASKS: dict[str, tuple[Callable[[], Mask], int, int]] = {
     "ragged rows": (lambda: Mask(slots_BT=torch.tensor([[2, 3], [7, 8]])), 2, 9),
     "ragged single queries": (lambda: Mask(slots_BT=torch.tensor([[2], [8]])), 1, 9),
     "ragged rows with a window": (lambda: Mask(window=3, slots_BT=torch.tensor([[2, 3], [7, 8]])), 2, 9),
+    "bounded cache": (lambda: Mask(keys_BS=torch.tensor([[-2, -1, 0, 1, 2], [3, 4, 5, 6, 7]])), 2, 5),
+    "bounded cache, one query": (lambda: Mask(window=3, keys_BS=torch.tensor([[-2, -1, 0], [5, 6, 7]])), 1, 3),
     "front": (lambda: Mask(front=3), 6, 9),
     "front and window": (lambda: Mask(front=3, window=2), 6, 9),
     "front and one query": (lambda: Mask(front=3), 1, 9),
