@@ -110,12 +110,15 @@ def implementation(component: type[Component]) -> tuple[str, Path, int]:
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     for node in reversed(imports):
         assert node.module is not None
-        spec = importlib.util.find_spec(node.module)
-        if spec is None or spec.origin is None:
-            continue
-        for definition in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-            if isinstance(definition, ast.ClassDef | ast.FunctionDef) and definition.name == node.names[-1].name:
-                return f"{node.module}.{definition.name}", Path(spec.origin), definition.lineno
+        name = node.names[-1].name
+        module = importlib.util.find_spec(node.module)
+        if module is not None and module.origin is not None:
+            for definition in ast.parse(Path(module.origin).read_text(encoding="utf-8")).body:
+                if isinstance(definition, ast.ClassDef | ast.FunctionDef) and definition.name == name:
+                    return f"{node.module}.{name}", Path(module.origin), definition.lineno
+            inner = importlib.util.find_spec(f"{node.module}.{name}") if module.submodule_search_locations else None
+            if inner is not None and inner.origin is not None:
+                return f"{node.module}.{name}", Path(inner.origin), 1
     file, line = inspect.getsourcefile(component), inspect.getsourcelines(component)[1]
     return f"{component.__module__}.{component.__qualname__}", Path(file or "?"), line
 

@@ -49,8 +49,9 @@ LONGEST = 1 << 25
 _CHUNK = 1 << 20
 _FIELDS = ("id", "text", "source", "domain")
 _STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
 )
+"""Folders of the library that hold tests, other people's packages, the topics read apart, and tables of characters."""
 
 
 @dataclass(frozen=True)
