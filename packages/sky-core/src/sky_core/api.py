@@ -75,7 +75,7 @@ def train(run: str | Path | dict[str, Any] | Run, overrides: Iterable[str] = ())
     """
     overrides = list(overrides)
     if overrides and not isinstance(run, str | Path):
-        raise UserError(f"overrides ({', '.join(overrides)}) change a run file; a mapping is changed before it is given")
+        raise UserError(f"overrides ({', '.join(overrides)}) change a run file; change a mapping before it is given")
     if isinstance(run, str | Path):
         resolved, given = read_run(run, overrides), Path(run).read_text(encoding="utf-8")
     elif isinstance(run, Run):

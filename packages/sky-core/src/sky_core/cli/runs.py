@@ -30,7 +30,7 @@ COLUMNS = {
 @click.option("--diff", is_flag=True, help="Show in which options the runs differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def runs(names: tuple[str, ...], out: Path, sort: str, tag: str | None, diff: bool, as_json: bool) -> None:
-    """List the runs in a folder, or compare NAMES (ids, names or prefixes): loss, bits per byte, tokens/s, parameters."""
+    """List the runs of a folder, or compare NAMES (ids, names, prefixes): loss, bits per byte, tokens/s, parameters."""
     rows = [summary(run) for run in _chosen(names, out) if tag is None or tag in run.info.get("tags", [])]
     rows.sort(key=lambda row: (row[sort] is None, row[sort]))
     if as_json:

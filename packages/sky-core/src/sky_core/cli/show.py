@@ -111,16 +111,32 @@ def implementation(component: type[Component]) -> tuple[str, Path, int]:
     for node in reversed(imports):
         assert node.module is not None
         name = node.names[-1].name
-        module = importlib.util.find_spec(node.module)
-        if module is not None and module.origin is not None:
-            for definition in ast.parse(Path(module.origin).read_text(encoding="utf-8")).body:
-                if isinstance(definition, ast.ClassDef | ast.FunctionDef) and definition.name == name:
-                    return f"{node.module}.{name}", Path(module.origin), definition.lineno
-            inner = importlib.util.find_spec(f"{node.module}.{name}") if module.submodule_search_locations else None
-            if inner is not None and inner.origin is not None:
-                return f"{node.module}.{name}", Path(inner.origin), 1
+        found = _definition(node.module, name) or _definition(f"{node.module}.{name}", _used_of(tree, name))
+        if found is not None:
+            return found
     file, line = inspect.getsourcefile(component), inspect.getsourcelines(component)[1]
     return f"{component.__module__}.{component.__qualname__}", Path(file or "?"), line
+
+
+def _used_of(tree: ast.AST, module: str) -> str:
+    """The last name that the source takes from `module`: `cosine` where it says `schedule.cosine(...)`."""
+    uses = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
+    ]
+    return max(uses, key=lambda node: (node.lineno, node.col_offset)).attr if uses else ""
+
+
+def _definition(module: str, name: str) -> tuple[str, Path, int] | None:
+    """(dotted name, file, line) of a class or function that `module` defines; None when there is no such thing."""
+    spec = importlib.util.find_spec(module) if importlib.util.find_spec(module.rpartition(".")[0]) else None
+    if spec is None or spec.origin is None:
+        return None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return f"{module}.{name}", Path(spec.origin), node.lineno
+    return None
 
 
 def model_sizes(run: Run) -> dict[str, Any]:
