@@ -55,8 +55,8 @@ class Result:
 
 def step_seed(seed: int, step: int, rank: int, micro: int) -> int:
     """A 63-bit seed for one forward pass (splitmix64 of the four numbers)."""
-    value = seed
-    for part in (step, rank, micro):
+    value = 0
+    for part in (seed, step, rank, micro):
         value = (value ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
