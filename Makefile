@@ -5,7 +5,7 @@
 # The first interpreter that really runs and is new enough (a version manager may leave names that do not run).
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
-PIP := -m pip --disable-pip-version-check
+PIP := -m pip --disable-pip-version-check -qq
 # Where the default index offers CUDA builds only, this names one with CPU builds.
 TORCH_INDEX := $(if $(SKY_TORCH_INDEX),--index-url $(SKY_TORCH_INDEX))
 NOX := .venv-nox/bin/python -m nox
@@ -18,14 +18,16 @@ python:
 		echo "skyGPT needs Python 3.11 or newer ($(or $(PYTHON),python3): $$("$(or $(PYTHON),python3)" -V 2>&1 | tail -n 1)); install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
 .venv/ready: constraints.txt $(wildcard packages/*/pyproject.toml) | python
-	"$(PYTHON)" -m venv .venv
-	.venv/bin/python $(PIP) install --quiet --no-compile --constraint constraints.txt $(TORCH_INDEX) torch
-	.venv/bin/python $(PIP) install --quiet --constraint constraints.txt $(foreach package,$(wildcard packages/*/pyproject.toml),--editable $(dir $(package)))
+	@echo "installing torch and the workspace into .venv (once; a minute or more)"
+	@"$(PYTHON)" -m venv .venv
+	@.venv/bin/python $(PIP) install --no-compile --constraint constraints.txt $(TORCH_INDEX) torch
+	@.venv/bin/python $(PIP) install --constraint constraints.txt $(foreach package,$(wildcard packages/*/pyproject.toml),--editable $(dir $(package)))
 	@touch $@
 
 .venv-nox/ready: Makefile | python
-	"$(PYTHON)" -m venv .venv-nox
-	.venv-nox/bin/python $(PIP) install --quiet "nox>=2026.10" pre-commit
+	@echo "installing nox into .venv-nox (once)"
+	@"$(PYTHON)" -m venv .venv-nox
+	@.venv-nox/bin/python $(PIP) install "nox>=2026.10" pre-commit
 	@touch $@
 
 quickstart: .venv/ready  ## install the workspace into .venv and train a first model (minutes)
