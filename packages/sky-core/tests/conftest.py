@@ -83,8 +83,8 @@ class Lab:
 
         original = Trainer._train_step
 
-        def acting(trainer: Any) -> Any:
-            metrics = original(trainer)
+        def acting(trainer: Any, *given: Any) -> Any:
+            metrics = original(trainer, *given)
             if trainer.step == step:
                 act(trainer)
             return metrics

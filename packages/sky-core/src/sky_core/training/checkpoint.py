@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,16 +156,19 @@ def prune_checkpoints(folder: Path, checkpoints: list[Path], keep_last: int) -> 
             _delete(path)
 
 
-def forget_later(folder: Path) -> None:
-    """Make `folder` the last checkpoint of its run: those of later steps are deleted, damaged ones too."""
+def set_later_aside(folder: Path) -> None:
+    """Make `folder` the last checkpoint of its run: those of later steps, damaged ones too, go to `set_aside/`."""
     later = [path for path in folder.parent.glob("step_*") if step_of(path) > step_of(folder)]
     link_checkpoint(folder, "last")
     best = folder.parent / "best"
     if best.is_symlink() and best.resolve().name in {path.name for path in later}:
         best.unlink()
-    for path in later:
-        log.info("going on from %s: %s is deleted", folder.name, path.name)
-        _delete(path)
+    if later:
+        aside = folder.parent / "set_aside" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        aside.mkdir(parents=True)
+        for path in later:
+            path.rename(aside / path.name)
+        log.info("going on from %s; later checkpoints are now in %s", folder.name, aside)
 
 
 def _delete(checkpoint: Path) -> None:

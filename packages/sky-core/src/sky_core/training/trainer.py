@@ -11,22 +11,22 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sky_core.data.loader import Loader
 from sky_core.errors import Diverged, UserError
 from sky_core.plugins import loaded_plugins
 from sky_core.run_directory import HEARTBEAT_SECONDS, RunDirectory
-from sky_core.training import checkpoint
 from sky_core.training.build import build_model
 from sky_core.training.engine import Step
 from sky_core.training.report import Report
+from sky_core.training.saver import Saver
 from sky_core.training.signals import StopSignals
-from sky_core.yaml_file import dump_yaml
 
 if TYPE_CHECKING:
     from sky_core.components.training import Fit
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVENTS = ("on_start", "on_step", "on_eval", "on_save", "on_end")
-
-PARTS = {"model.": "model", "adapters.": "adapters", "objective.": "training/objective"}
-"""Prefix of names in the state of a step -> file stem in a checkpoint."""
 
 
 @dataclass
@@ -78,7 +75,6 @@ class Trainer:
         self.best_loss = math.inf
         self.best_step: int | None = None
         self.evaluation: dict[str, float] = {}
-        self.saved_step: int | None = None
         self._stop: tuple[str, str] | None = None
 
         self.engine = fit.engine.build()
@@ -101,6 +97,7 @@ class Trainer:
         self.ema = self._build_ema()
         self.micro_batch, self.accumulation = self._split_batch()
         self.evals = [task.build() for task in run.eval.tasks]
+        self.saver = Saver(self)
         self.report = Report(self)
         self.callbacks: list[Any] = [self.report, *(callback.build(self) for callback in run.callbacks)]
         loaded_plugins().hook.sky_trainer_built(trainer=self, run=run)
@@ -115,13 +112,14 @@ class Trainer:
             for event in EVENTS
         }
         started = beat = time.monotonic()
-        with StopSignals(self.request_stop) as signals:
+        with StopSignals(self.request_stop) as signals, ExitStack() as stack:
             try:
                 self._announce("on_start")
                 if self.fit.dry_run:
                     self._dry_run()
+                loader = stack.enter_context(self._loader())
                 while self.step < self.fit.steps and self._stop is None:
-                    metrics = self._train_step()
+                    metrics = self._train_step(next(loader))
                     self._announce("on_step", self.step, metrics)
                     with self.report.meter.paused():
                         self._between_steps()
@@ -130,7 +128,7 @@ class Trainer:
                         self.directory.heartbeat()
                     if self.fit.max_minutes and time.monotonic() - started > self.fit.max_minutes * 60:
                         self.request_stop(f"max_minutes ({self.fit.max_minutes}) are over")
-                if self.saved_step != self.step:
+                if self.saver.saved_step != self.step:
                     self.save(best=False)
             except BaseException as error:
                 self._fail(error)
@@ -154,9 +152,19 @@ class Trainer:
         self._announce("on_end", result)
         loaded_plugins().hook.sky_finished(run=self.run, result=result)
 
-    def _train_step(self) -> dict[str, Any]:
+    def _loader(self) -> Loader:
+        """This process's share of every step's sequences, from where the run stands."""
+        share = self.micro_batch * self.accumulation
+        return Loader(
+            self.dataset,
+            self.sequences + self.engine.rank * share,
+            share,
+            stride=share * self.engine.world_size,
+        )
+
+    def _train_step(self, sequences: Batch) -> dict[str, Any]:
         """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors."""
-        batches = self._micro_batches()
+        batches = self._prepared(sequences)
         weight = self.engine.sum(torch.tensor(float(sum(self.objective.weight(batch) for batch in batches)))).item()
         multiplier = self.schedule(self.step)
         for optimizer, peaks in zip(self.optimizers, self.peak_lr, strict=True):
@@ -188,13 +196,12 @@ class Trainer:
             "skipped": self.skipped,
         }
 
-    def _micro_batches(self) -> list[Batch]:
-        """This process's share of the step's sequences, prepared by the objective."""
-        share = self.micro_batch * self.accumulation
-        batch = self.dataset.batch(self.sequences + self.engine.rank * share, share).to(self.engine.device)
+    def _prepared(self, batch: Batch) -> list[Batch]:
+        """The step's sequences as micro-batches on the device, prepared by the objective."""
+        batch = batch.to(self.engine.device)
         prepared = []
         with torch.no_grad():
-            for index in range(self.accumulation):
+            for index in range(len(batch.tokens_BT) // self.micro_batch):
                 # Another stream than that of the forward pass, so that rollouts and dropout are independent.
                 torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, self.accumulation + index))
                 part = batch.rows(index * self.micro_batch, (index + 1) * self.micro_batch)
@@ -212,7 +219,7 @@ class Trainer:
                 " checkpoint with a lower optimizer.lr, or try train.precision=fp32"
             )
 
-    # ------------------------------------------------------------------------------- evaluation, saving, resuming
+    # ----------------------------------------------------------------------------------------- between two steps
 
     def _between_steps(self) -> None:
         """Evaluate, save and sample where they are due: all of them at the end, but for samples."""
@@ -237,124 +244,15 @@ class Trainer:
         return improved and self.run.checkpoint.keep_best
 
     def save(self, *, best: bool) -> Path:
-        """Write a checkpoint of this moment, point `last` (and `best`) at it, delete what is not to be kept."""
-        folder = self.directory.path / "checkpoints" / checkpoint.checkpoint_name(self.step)
-        state = self.engine.state()
-        tensors = {
-            **{
-                stem: {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
-                for part, stem in PARTS.items()
-            },
-            "training/optimizer": self.engine.optimizer_state(),
-            "training/ema": self.ema.state_dict() if self.ema else {},
-        }
-        if self.engine.is_main:
-            checkpoint.save_checkpoint(
-                folder,
-                run_yaml=dump_yaml(self.run.as_dict()),
-                tokenizer=self.tokenizer,
-                tensors=tensors,
-                state=self._state(),
-            )
-            checkpoint.link_checkpoint(folder, "last")
-            if best:
-                checkpoint.link_checkpoint(folder, "best")
-            checkpoint.prune_checkpoints(
-                self.directory.path / "checkpoints", self.directory.checkpoints, self.run.checkpoint.keep_last
-            )
-        self.saved_step = self.step
+        """Write a checkpoint of this moment (`Saver.save`)."""
+        folder = self.saver.save(best=best)
         self._announce("on_save", self.step, folder)
         return folder
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "sequences": self.sequences,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
-            "best_step": self.best_step,
-            "evaluation": self.evaluation,
-            "data": self.dataset.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-            "optimizer": self.run.optimizer.kind,
-            "versions": loaded_plugins().versions(),
-            "callbacks": {name: callback.state_dict() for name, callback in self._keepers().items()},
-        }
-
-    def _keepers(self) -> dict[str, Any]:
-        """The callbacks that keep state over a resume, by class and number."""
-        keepers: dict[str, Any] = {}
-        for callback in self.callbacks:
-            if hasattr(callback, "state_dict"):
-                name = type(callback).__name__
-                keepers[f"{name}.{sum(key.startswith(f'{name}.') for key in keepers)}"] = callback
-        return keepers
-
     def resume(self, folder: Path | None) -> None:
-        """Continue from a checkpoint, exactly, or from nothing: what an earlier process left unfinished is removed,
-        and so is everything of later steps.
-
-        Raises `CheckpointError` or `UserError` when the checkpoint does not fit; nothing on disk is changed then.
-        """
-        if folder is not None:
-            self._load(folder)
-        checkpoint.remove_unfinished(self.directory.path / "checkpoints")
-        if folder is not None:
-            checkpoint.forget_later(folder)
-            self._restore_best(folder)
-            self.saved_step = self.step
+        """Continue from a checkpoint, exactly, or from nothing (`Saver.resume`)."""
+        self.saver.resume(folder)
         self.report.rewind(self.step)
-
-    def _restore_best(self, folder: Path) -> None:
-        """The link `best` as it was at this step; where that checkpoint is gone, the next evaluation is the best."""
-        if not self.run.checkpoint.keep_best or self.best_step is None:
-            return
-        best = folder.with_name(checkpoint.checkpoint_name(self.best_step))
-        if best.exists():
-            checkpoint.link_checkpoint(best, "best")
-        else:
-            self.best_loss, self.best_step = math.inf, None
-
-    def _load(self, folder: Path) -> None:
-        checkpoint.verify_checkpoint(folder)
-        state = checkpoint.load_state(folder)
-        own = {
-            "tokenizer": self.tokenizer.fingerprint,
-            "data": self.dataset.fingerprint,
-            "optimizer": self.run.optimizer.kind,
-        }
-        for what, value in own.items():
-            if state[what] != value:
-                raise UserError(
-                    f"{folder}: it was trained with {what} {state[what]}, this run has {value}; resume with the same"
-                    f" {what}, or start a new run with init:"
-                )
-        if state["step"] >= self.fit.steps:
-            raise UserError(
-                f"{folder}: the run is complete ({state['step']} of {self.fit.steps} steps);"
-                f" `sky resume {self.directory.path} train.steps=...` makes it longer"
-            )
-        changed = {n: v for n, v in state["versions"].items() if loaded_plugins().versions().get(n) != v}
-        if changed:
-            log.warning("resuming under other versions; the checkpoint was written with %s", changed)
-        for part, stem in PARTS.items():
-            module = self.module.get_submodule(part.removesuffix("."))
-            checkpoint.load_weights(module, checkpoint.load_tensors(folder, stem), folder)
-        self.engine.load_optimizer_state(checkpoint.load_tensors(folder, "training/optimizer"))
-        if self.ema is not None:
-            averages = checkpoint.load_tensors(folder, "training/ema")
-            if not averages:
-                raise UserError(f"train.ema: {folder} holds no averaged weights; resume without train.ema")
-            self.ema.load_state_dict(averages)
-        self.step, self.sequences = state["step"], state["sequences"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.best_step = state["best_step"]
-        self.evaluation = state["evaluation"]
-        for name, callback in self._keepers().items():
-            if name in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][name])
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -398,7 +296,8 @@ class Trainer:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         try:
             torch.manual_seed(self.run.seed)
-            loss = self.loss_of(self._micro_batches()[0])
+            (batch,) = self._prepared(self.dataset.batch(self.sequences, self.micro_batch))
+            loss = self.loss_of(batch)
             self.engine.backward(loss.total * 0.0, last=True)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
