@@ -168,7 +168,10 @@ def test_a_torn_last_line_is_left_out_and_numbers_that_are_none_become_null(tmp_
 
 def test_a_file_is_replaced_in_one_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x"
-    write_atomic(file, "old")
+    write_atomic(file, "first")
+    with file.open() as reader:
+        write_atomic(file, "old")
+        assert reader.read() == "first", "who was reading sees the file change"
 
     def crash(descriptor: int) -> None:
         raise KeyboardInterrupt

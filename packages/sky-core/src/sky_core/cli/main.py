@@ -65,8 +65,9 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            error.message = error.message.rstrip(".") + closest(args[0], self.list_commands(ctx))
-            raise
+            raise click.UsageError(
+                error.message.rstrip(".") + closest(args[0], self.list_commands(ctx)), ctx
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self._ask_plugins()
