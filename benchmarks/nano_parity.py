@@ -60,7 +60,7 @@ def composed_from(model: GPT, kernel: Naive | Sdpa) -> torch.nn.Module:
 
 
 def _name(name: str) -> str:
-    return name.replace("embed_positions.", "positions.0.")
+    return name.replace("embed_positions.", "positions.0.embed_positions.")
 
 
 def composed_loss(model: torch.nn.Module, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     """All gradients joined, in the order of the one-file GPT's names."""
     model.zero_grad()
     loss.backward()
-    named = sorted((name.replace("positions.0.", "embed_positions."), p.grad) for name, p in model.named_parameters())
+    named = sorted((name.replace("positions.0.", ""), p.grad) for name, p in model.named_parameters())
     return torch.cat([grad.flatten() for _, grad in named])
 
 

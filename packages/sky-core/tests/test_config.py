@@ -88,7 +88,9 @@ def test_every_problem_is_told_at_once_with_its_line_and_the_nearest_word() -> N
 
 
 def test_a_missing_key_is_named() -> None:
-    assert "train: this key is needed" in "\n".join(errors("name: x\ndata: {kind: tokens, path: x, sequence_length: 4}\n"))
+    assert "train: this key is needed" in "\n".join(
+        errors("name: x\ndata: {kind: tokens, path: x, sequence_length: 4}\n")
+    )
 
 
 def test_an_error_in_an_override_says_so() -> None:

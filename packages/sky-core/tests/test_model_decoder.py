@@ -470,7 +470,7 @@ def test_a_tied_head_is_no_parameter_of_its_own() -> None:
 
 def test_learned_positions_are_held_once_however_many_layers_there_are() -> None:
     names = [name for name in build(position=(Learned(),), n_layer=3).state_dict() if "position" in name]
-    assert names == ["positions.0.weight"]
+    assert names == ["positions.0.embed_positions.weight"]
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:

@@ -41,7 +41,7 @@ def decoder_with_weights_of(model: GPT, kernel: Naive | Sdpa):
 
 
 def decoder_name(name: str) -> str:
-    return name.replace("embed_positions.", "positions.0.")
+    return name.replace("embed_positions.", "positions.0.embed_positions.")
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

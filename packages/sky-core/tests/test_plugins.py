@@ -173,7 +173,9 @@ def test_nothing_of_a_failed_plugin_stays_behind(install: Any) -> None:
     assert "mine" not in load_plugins([]).catalog["norm"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["schema"], ["check", "run.yaml"], ["show", "run.yaml", "--no-build"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plugins"], ["schema"], ["check", "run.yaml"], ["show", "run.yaml", "--no-build"]]
+)
 def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str]) -> None:
     Path("run.yaml").write_text(
         "data: {kind: tokens, path: x, sequence_length: 8}\ntrain: {steps: 1, batch_tokens: 8}\n"

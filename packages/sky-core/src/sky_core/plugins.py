@@ -94,9 +94,8 @@ def load_plugins(selection: list[str] | None = None) -> Plugins:
     offers = {"core": _register(manager, sky_core.plugin, "core")}
     found = [Plugin("core", "sky-core", __version__, "active")]
     points = {} if selection == [] else {point.name: point for point in sorted(entry_points(group=GROUP))}
-    for name in points:
-        if selection is None:
-            found.append(_load_installed(manager, offers, points[name], required=False))
+    if selection is None:
+        found += [_load_installed(manager, offers, point, required=False) for point in points.values()]
     for asked in selection or []:
         if asked.endswith(".py"):
             found.append(_load_file(manager, offers, Path(asked)))
@@ -172,7 +171,8 @@ def _load_file(manager: pluggy.PluginManager, offers: dict[str, Offers], path: P
     if not path.is_file():
         raise PluginError(f"plugins: there is no file {str(path)!r}")
     spec = importlib.util.spec_from_file_location(f"sky_file_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

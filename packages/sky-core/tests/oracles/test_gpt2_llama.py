@@ -75,8 +75,8 @@ def test_gpt2(kernel: Naive | Sdpa) -> None:
     ).build(VOCAB)
 
     state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
-    weights = {"embed_tokens.weight": state["wte.weight"], "positions.0.weight": state["wpe.weight"]}
-    names = {"embed_tokens.weight": "transformer.wte.weight", "positions.0.weight": "transformer.wpe.weight"}
+    weights = {"embed_tokens.weight": state["wte.weight"], "positions.0.embed_positions.weight": state["wpe.weight"]}
+    names = {"embed_tokens.weight": "transformer.wte.weight", "positions.0.embed_positions.weight": "transformer.wpe.weight"}
     parts = {
         "input_layernorm": "ln_1",
         "self_attn.o_proj": "attn.c_proj",

@@ -48,10 +48,10 @@ class LearnedPosition(PositionEncoding):
 
     def __init__(self, d_model: int, max_length: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_length, d_model))
+        self.embed_positions = nn.Embedding(max_length, d_model)
 
     def embed(self, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
-        return x_BTD + nn.functional.embedding(ctx.positions_BT, self.weight)
+        return x_BTD + self.embed_positions(ctx.positions_BT)
 
 
 class SinusoidalPosition(PositionEncoding):

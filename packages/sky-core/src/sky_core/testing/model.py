@@ -22,6 +22,7 @@ from sky_core.testing.workbench import (
     assert_every_parameter_learns,
     assert_same_weights,
     shaken,
+    started,
     weights,
 )
 
@@ -40,7 +41,7 @@ class ModelContract(ComponentContract):
 
     def fresh(self, seed: int = 0) -> LanguageModel:
         torch.manual_seed(seed)
-        return self.component.build(VOCAB).eval()
+        return started(lambda: self.component.build(VOCAB)).eval()
 
     def model(self, seed: int = 0) -> LanguageModel:
         """The model with noise on every parameter, in evaluation mode."""

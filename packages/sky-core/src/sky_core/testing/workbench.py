@@ -86,10 +86,30 @@ _SPEC: dict[str, Any] = {
 
 def fresh(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
     """What `build` makes, with the weights that a model would start it from, in evaluation mode."""
+
+    def make() -> nn.Module:
+        module = build(*arguments)
+        init_weights(module, _SPEC["initializer_range"], LAYERS)
+        return module
+
     torch.manual_seed(0)
-    module = build(*arguments)
-    init_weights(module, _SPEC["initializer_range"], LAYERS)
-    return module.eval()
+    return started(make).eval()
+
+
+def started(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` returns; fails when a parameter or buffer of it was never given a start value.
+
+    torch fills memory that nobody wrote with NaN while it is deterministic.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        module = make()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for name, tensor in module.state_dict().items():
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{name} starts from memory that nobody wrote"
+    return module
 
 
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
