@@ -161,17 +161,17 @@ class Record:
             changed = sorted({*after["changed_files"], *self._source["changed_files"]})
             self._source |= {"dirty": True, "changed_files": changed, "commit_at_end": after["commit"]}
         data = {**self._head, **self._source, **environment(), "measures": self.measures, **details}
+        path, refused = self.path, self._strict and self._source["dirty"]
+        if path is not None:  # first of all: what is printed may go to a pipe that breaks
+            path = Path(tempfile.gettempdir(), path.name) if refused else path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, data)
         for measure in self.measures:
             print(line(measure))
-        if self.path is None:
-            return
-        refused = self._strict and self._source["dirty"]
-        path = Path(tempfile.gettempdir(), self.path.name) if refused else self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, data)
         if refused:
             raise SystemExit(f"the source changed while it was measured; the record is in {path}, not in {self.path}")
-        print(f"wrote {path}")
+        if path is not None:
+            print(f"wrote {path}")
 
 
 def line(measure: dict[str, Any]) -> str:
