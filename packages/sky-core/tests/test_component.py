@@ -111,7 +111,8 @@ def test_the_json_schema_lists_every_kind_with_its_options() -> None:
     wide = next(option for option in kinds if option.get("title") == "wide")
     assert wide["properties"]["kind"] == {"const": "wide"}
     assert wide["properties"]["window"]["description"] == "tokens"
-    assert wide["properties"]["inner"]["$ref"] == "#/$defs/slot_part"  # a part inside a part of its own slot
+    assert wide["properties"]["inner"]["$ref"] == "#/$defs/slot_part_plain"  # a part inside a part of its own slot
+    assert "slot_part_plain" in schema["$defs"]
 
 
 def test_the_json_schema_agrees_with_what_is_accepted() -> None:

@@ -158,3 +158,28 @@ def test_a_plugins_own_table_is_validated_like_the_rest() -> None:
     assert "attention_maps.evry: unknown key; did you mean 'every'?" in errors(text + "attention_maps: {evry: 5}\n")[0]
     assert errors(text + "attention_maps: {every: 50}\n") == ["attention_maps.every: larger than train.steps"]
     assert "attention_maps: unknown key" in errors(BASE + "attention_maps: {every: 5}\n")[0]
+
+
+def test_options_of_a_default_part_can_be_set_without_naming_it() -> None:
+    run = read_run("base.yaml", ["model.position.theta=1e5", "model.norm.eps=1e-3", "train.engine.kind=local"])
+    assert (run.model.position[0].kind, run.model.position[0].theta, run.model.norm.eps) == ("rope", 1e5, 1e-3)
+
+
+def test_a_typo_inside_a_part_that_may_be_tiled_is_placed_where_it_stands() -> None:
+    found = errors(BASE, "model.position={kind: rope, thta: 3}")
+    assert found == ["command line: model.position.thta: unknown key; did you mean 'theta'?"]
+    assert "model.position.1.thta" in errors(BASE, "model.position=[rope, {kind: rope, thta: 3}]")[0]
+
+
+def test_an_override_that_is_no_yaml_is_one_line() -> None:
+    assert errors(BASE, "name=[1")[0].startswith("'name=[1': the value is no YAML")
+
+
+def test_an_entry_of_a_list_that_the_file_does_not_have_is_refused() -> None:
+    assert "write the whole list" in errors(BASE, "eval.tasks.0.batch_tokens=3")[0]
+
+
+def test_a_sequence_longer_than_the_context_is_refused_at_once() -> None:
+    assert (
+        "64 tokens do not fit model.max_length=32" in errors(BASE, "data.sequence_length=64", "model.max_length=32")[0]
+    )

@@ -23,12 +23,11 @@ def step(adapted: bool = False) -> Step:
     return Step(model, component("objective", "next_token").build(tiny_run(), tiny_tokenizer()))
 
 
-def prepared(made: Step, *, compile: bool = False) -> tuple[LocalEngine, Any]:
+def prepared(made: Step, *, compile: bool = False) -> LocalEngine:
     engine = LocalEngine()
     engine.setup("fp32", compile=compile)
-    made.to(engine.device)
-    trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
-    return engine, engine.prepare(made, [torch.optim.AdamW(trained, lr=0.1)])
+    engine.prepare(made.to(engine.device), lambda named: [torch.optim.AdamW([p for _, p in named], lr=0.1)])
+    return engine
 
 
 def test_names_of_the_state_say_which_part_they_belong_to() -> None:
@@ -39,10 +38,10 @@ def test_names_of_the_state_say_which_part_they_belong_to() -> None:
 
 def test_only_what_is_attached_is_trained() -> None:
     made = step(adapted=True)
-    engine, loss_of = prepared(made)
+    engine = prepared(made)
     base, attached = weights(made.model), weights(made.adapters)
     batch = TinyDataset(tiny_tokenizer()).batch(0, 2).to(engine.device)
-    engine.backward(loss_of(batch).total, last=True)
+    engine.backward(engine.loss_of(batch, last=True).total)
     engine.update(skip=False)
     assert all(torch.equal(tensor, base[name]) for name, tensor in made.model.state_dict().items())
     assert not any(torch.equal(tensor, attached[name]) for name, tensor in made.adapters.state_dict().items())
@@ -103,9 +102,9 @@ def sky_adapters(): return [Shift]
 def test_parameters_that_no_loss_reaches_are_no_obstacle() -> None:
     made = step()
     made.objective.register_parameter("idle", nn.Parameter(torch.ones(2)))
-    engine, loss_of = prepared(made)
+    engine = prepared(made)
     batch = TinyDataset(tiny_tokenizer()).batch(0, 2).to(engine.device)
-    engine.backward(loss_of(batch).total, last=True)
+    engine.backward(engine.loss_of(batch, last=True).total)
     engine.clip(1.0)
     engine.update(skip=False)
     assert torch.equal(made.objective.idle, torch.ones(2, device=engine.device))

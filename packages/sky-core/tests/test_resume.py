@@ -204,7 +204,7 @@ def test_an_earlier_step_taken_up_unchanged_comes_to_the_same_end(lab: Any) -> N
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.d_model=32", "does not fit the model: embed_tokens.weight has shape"),
+        ("model.d_model=32", "does not fit the model: model.embed_tokens.weight has shape"),
         ("model.n_layer=2", "layers.1.* is missing"),
         ("tokenizer={kind: byte, end_of_text: false}", "it was trained with tokenizer"),
         ("data.sequence_length=8", "it was trained with data"),

@@ -180,3 +180,18 @@ def test_a_file_is_replaced_in_one_move(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         write_atomic(file, "new and longer")
     assert file.read_text() == "old"
+
+
+def test_a_repository_whose_changes_are_no_utf8_is_still_described(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "notes.txt").write_bytes(b"plain\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "notes.txt").write_bytes(b"caf\xe9\n")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert "caf\ufffd" in state["dirty_patch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,12 @@ def train(run: str | Path | dict[str, Any] | Run, overrides: Iterable[str] = ())
     else:
         resolved, given = parse_run(run), dump_yaml(run)
     directory = RunDirectory.create(resolved, config_input=given)
-    return _run(resolved, directory, None)
+    try:
+        return _run(resolved, directory, None)
+    except BaseException:
+        if "started" not in directory.info:  # nothing was trained: there is nothing to resume, and nothing to keep
+            shutil.rmtree(directory.path)
+        raise
 
 
 def resume(source: str | Path, overrides: Iterable[str] = ()) -> Result:
@@ -100,13 +106,8 @@ def resume(source: str | Path, overrides: Iterable[str] = ()) -> Result:
 
 def _run(run: Run, directory: RunDirectory, folder: Path | None) -> Result:
     with directory.lock(), directory.log_file():
-        try:
-            trainer = run.train.build(run, directory)
-            trainer.resume(folder)
-        except BaseException as error:
-            if folder is None:
-                directory.update(state="failed", reason=(str(error) or type(error).__name__).splitlines()[0])
-            raise
+        trainer = run.train.build(run, directory)
+        trainer.resume(folder)
         try:
             result: Result = trainer.train()
         except OSError as error:

@@ -67,11 +67,13 @@ class Schema(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _integral_float(cls, value: Any, info: Any) -> Any:
+    def _as_meant(cls, value: Any, info: Any) -> Any:
+        field = cls.model_fields[info.field_name]
         if isinstance(value, float) and value.is_integer():
-            annotation = cls.model_fields[info.field_name].annotation
-            if _accepts(annotation, int) and not _accepts(annotation, float):
+            if _accepts(field.annotation, int) and not _accepts(field.annotation, float):
                 return int(value)
+        elif isinstance(value, Mapping) and "kind" not in value and isinstance(field.default, str):
+            return {"kind": field.default, **value}  # options of the part that stands there by default
         return value
 
 
@@ -246,8 +248,10 @@ def json_schema(table: type[Schema]) -> dict[str, Any]:
     def expand(node: Any) -> Any:
         if isinstance(node, dict):
             if _SLOT_MARK in node:
+                slot, default_kind = node[_SLOT_MARK]
+                default = node.get("default")
                 rest = {key: value for key, value in node.items() if key != _SLOT_MARK}
-                return rest | {"$ref": define(*node[_SLOT_MARK])}
+                return rest | {"$ref": define(slot, default if isinstance(default, str) else default_kind)}
             definitions.update({name: expand(schema) for name, schema in node.get("$defs", {}).items()})
             return {key: expand(value) for key, value in node.items() if key != "$defs"}
         return [expand(item) for item in node] if isinstance(node, list) else node

@@ -6,10 +6,11 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
@@ -120,6 +121,7 @@ def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """
     path = Path(path)
     data, lines = _read_extended(path, ())
+    lines.setdefault((), str(path))
     for override in overrides:
         _apply(data, override, lines)
     return parse_run(data, lines, base=path.parent)
@@ -139,8 +141,19 @@ def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | 
         run = schema.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_problems(error, schema, data, lines or {})) from None
+    _check_lengths(run)
     loaded.hook.sky_configured(run=run)
     return run
+
+
+def _check_lengths(run: Run) -> None:
+    """A sequence must fit the model, where both are known before anything is built."""
+    sequence, context = getattr(run.data, "sequence_length", None), getattr(run.model, "max_length", None)
+    if sequence is not None and context is not None and sequence > context:
+        raise ConfigError(
+            f"data.sequence_length: {sequence} tokens do not fit model.max_length={context};"
+            " lower one or raise the other"
+        )
 
 
 def _read_extended(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
@@ -162,11 +175,13 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = merged.get(key)
         old = {"kind": old} if isinstance(old, str) and isinstance(value, Mapping) and "kind" not in value else old
-        same_kind = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if same_kind and ("kind" not in value or value["kind"] == old.get("kind")):
-            merged[key] = merge(old, value)
-        else:
-            merged[key] = value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 
@@ -176,18 +191,27 @@ def _apply(data: dict[str, Any], override: str, lines: Lines) -> None:
     if not equals or not path:
         raise ConfigError(f"{override!r}: an override is written key=value, as in model.n_layer=6")
     keys: list[str | int] = [int(part) if part.isdigit() else part for part in path.split(".")]
-    value = parse_value(text)
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is no YAML ({getattr(error, 'problem', None) or error})") from error
     node: Any = data
     for depth, key in enumerate(keys[:-1]):
         child = node.get(key) if isinstance(node, dict) else node[key] if _has(node, key) else None
+        if child is None and isinstance(keys[depth + 1], int):
+            raise ConfigError(f"{override!r}: the file has no list {_dotted(keys[: depth + 1])}; write the whole list")
         if child is None or isinstance(child, str):
             child = {} if child is None else {"kind": child}
             _set(node, key, child, override)
         if not isinstance(child, dict | list):
-            raise ConfigError(f"{override!r}: {'.'.join(map(str, keys[: depth + 1]))} is {child!r}, it has no keys")
+            raise ConfigError(f"{override!r}: {_dotted(keys[: depth + 1])} is {child!r}, it has no keys")
         node = child
     _set(node, keys[-1], value, override)
     lines[tuple(keys)] = "command line"
+
+
+def _dotted(keys: Iterable[str | int]) -> str:
+    return ".".join(map(str, keys))
 
 
 def _has(node: Any, key: str | int) -> bool:
@@ -198,7 +222,7 @@ def _set(node: Any, key: str | int, value: Any, override: str) -> None:
     if isinstance(node, list) and not _has(node, key):
         raise ConfigError(f"{override!r}: the list has {len(node)} entries, there is no {key!r} (they count from 0)")
     if isinstance(node, dict):
-        node.update(merge(node, {key: value}))
+        node.update(merge(node, {str(key): value}))
     else:
         node[key] = value
 
@@ -207,12 +231,26 @@ def _problems(error: ValidationError, schema: type[Schema], data: Any, lines: Li
     found = []
     for detail in error.errors():
         place = next(
-            (lines[detail["loc"][:n]] for n in range(len(detail["loc"]), 0, -1) if detail["loc"][:n] in lines), ""
+            (lines[detail["loc"][:n]] for n in range(len(detail["loc"]), -1, -1) if detail["loc"][:n] in lines), ""
         )
-        path = ".".join(str(part) for part in detail["loc"])
+        path = _dotted(_written(detail["loc"], data))
         line = f"{path}: {_explain(detail, schema, data)}" if path else _explain(detail, schema, data)
         found.append((list(lines).index(detail["loc"]) if detail["loc"] in lines else len(lines), place, line))
     return [f"{place}: {line}" if place else line for _, place, line in sorted(found, key=lambda item: item[0])]
+
+
+def _written(location: Iterable[str | int], data: Any) -> Iterator[str | int]:
+    """`location` as it stands in the file: a part given alone where a list may stand has no index."""
+    for part in location:
+        if not isinstance(part, int) or isinstance(data, list | tuple):
+            yield part
+        data = _child(data, part)
+
+
+def _child(data: Any, part: str | int) -> Any:
+    if isinstance(part, int):
+        return data[part] if isinstance(data, list | tuple) and part < len(data) else data
+    return data.get(part) if isinstance(data, Mapping) else data
 
 
 def _explain(detail: ErrorDetails, schema: type[Schema], data: Any) -> str:
@@ -232,24 +270,18 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
     """The keys allowed in the table at `location`, found by walking schema and data together."""
     current: type[Schema] | None = schema
     slot: _Slot | None = None
+    default_kind: str | None = None
     for part in location:
-        data = (
-            data[part]
-            if isinstance(data, list) and isinstance(part, int)
-            else (data.get(part) if isinstance(data, dict) else data)
-        )
+        data = _child(data, part)
         if isinstance(part, str) and current is not None:
             field = current.model_fields.get(part)
             slot = _find(field.annotation, field.metadata) if field else None
+            default_kind = slot.default_kind if slot else None
+            if field is not None and isinstance(field.default, str):
+                default_kind = field.default
             current = _table(field.annotation) if field else None
         if slot is not None:
-            kind = (
-                data
-                if isinstance(data, str)
-                else data.get("kind", slot.default_kind)
-                if isinstance(data, dict)
-                else None
-            )
+            kind = data.get("kind", default_kind) if isinstance(data, Mapping) else data
             current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
     if current is None:
         return []

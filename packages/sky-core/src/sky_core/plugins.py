@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -221,7 +222,8 @@ def _offers(manager: pluggy.PluginManager, module: ModuleType, name: str) -> Off
         base = HOOKS.get(caller.name)
         if base is not None:
             function = next(impl.function for impl in caller.get_hookimpls() if impl.plugin is module)
-            for component in function():
+            components: Iterable[type[Component]] = function()  # type: ignore[assignment]  # pluggy's hooks are untyped
+            for component in components:
                 _check_offer(component, base, caller.name, name)
                 offers.append((base.slot, component))
     return offers

@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -54,13 +55,13 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, run: Run, *, config_input: str, lineage: dict[str, Any] | None = None) -> RunDirectory:
+    def create(cls, run: Run, *, config_input: str) -> RunDirectory:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         directory = cls(Path(run.out) / f"{stamp}_{run.name}-{secrets.token_hex(2)}")
         (directory.path / "checkpoints").mkdir(parents=True)
         write_atomic(directory.path / "config.input.yaml", config_input)
         write_atomic(directory.path / "config.yaml", dump_yaml(run.as_dict()))
-        write_atomic(directory.path / "command.txt", " ".join(sys.argv) + "\n")
+        write_atomic(directory.path / "command.txt", shlex.join(sys.argv) + "\n")
         write_json(directory.path / "environment.json", environment())
         directory.update(
             id=directory.path.name,
@@ -70,7 +71,7 @@ class RunDirectory:
             host=socket.gethostname(),
             created=utc_now(),
             tags=run.tags,
-            lineage=lineage or {},
+            lineage={"init": run.init} if run.init else {},
         )
         return directory
 
@@ -123,9 +124,6 @@ class RunDirectory:
     def update(self, **fields: Any) -> None:
         """Change fields of run.json in one step."""
         write_json(self.path / "run.json", self.info | fields)
-
-    def heartbeat(self) -> None:
-        self.update(heartbeat=round(time.time(), 1))
 
     def append_event(self, event: dict[str, Any]) -> None:
         append_json_line(self.path / "events.jsonl", {"time": utc_now(), **event})
@@ -256,10 +254,10 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+            result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=False)
         except FileNotFoundError:
             return None
-        return result.stdout if result.returncode == 0 else None
+        return result.stdout.decode(errors="replace") if result.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     return None if commit is None else {"commit": commit.strip(), "dirty_patch": git("diff", "HEAD") or ""}

@@ -58,27 +58,27 @@ class EngineContract(ComponentContract):
         model = tiny_model(tiny_tokenizer().vocab_size)
         return Step(model, component("objective", "next_token").build(tiny_run(), tiny_tokenizer()))
 
-    def optimizers(self, step: nn.Module) -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(step.parameters(), lr=0.01)]
+    def optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW([parameter for _, parameter in named], lr=0.01)]
 
     def batches(self, number: int) -> list[Batch]:
         """The two micro-batches of a step."""
         batch = TinyDataset(tiny_tokenizer()).batch(4 * number, 4)
         return [batch.rows(0, 1), batch.rows(1, 4)]
 
-    def prepared(self) -> tuple[BuiltEngine, Step, Any]:
+    def prepared(self) -> BuiltEngine:
         engine, step = self.started(), self.step()
-        step.to(engine.device)
-        return engine, step, engine.prepare(step, self.optimizers(step))
+        engine.prepare(step.to(engine.device), self.optimizers)
+        return engine
 
-    def run(self, engine: BuiltEngine, loss_of: Any, numbers: range, clip: float | None = 1.0) -> list[float]:
+    def run(self, engine: BuiltEngine, numbers: range, clip: float | None = 1.0) -> list[float]:
         """Whole steps as the trainer makes them; the gradient norms."""
         norms = []
         for number in numbers:
             batches = [batch.to(engine.device) for batch in self.batches(number)]
             weight = sum(batch.n_targets() for batch in batches)
             for index, batch in enumerate(batches):
-                engine.backward(loss_of(batch).total / weight, last=index == 1)
+                engine.backward(engine.loss_of(batch, last=index == 1).total / weight)
             norms.append(float(engine.clip(clip)))
             engine.update(skip=False)
         return norms
@@ -94,10 +94,10 @@ class EngineContract(ComponentContract):
         assert automatic.precision in ("fp32", "bf16")
 
     def test_steps_equal_those_of_a_plain_loop(self) -> None:
-        engine, _, loss_of = self.prepared()
-        norms = self.run(engine, loss_of, range(3), clip=0.5)
+        engine = self.prepared()
+        norms = self.run(engine, range(3), clip=0.5)
         plain = self.step()
-        (optimizer,) = self.optimizers(plain)
+        (optimizer,) = self.optimizers(list(plain.named_parameters()))
         expected = []
         for number in range(3):
             batches = self.batches(number)
@@ -112,44 +112,44 @@ class EngineContract(ComponentContract):
             assert_close(tensor.cpu(), plain.state_dict()[name], 1e-6)
 
     def test_clipping_bounds_the_norm_and_none_leaves_it(self) -> None:
-        engine, _, loss_of = self.prepared()
+        engine = self.prepared()
         (batch, _) = self.batches(0)
-        engine.backward(loss_of(batch.to(engine.device)).total, last=True)
+        engine.backward(engine.loss_of(batch.to(engine.device), last=True).total)
         norm = float(engine.clip(None))
         assert float(engine.clip(norm / 4)) == pytest.approx(norm, rel=1e-5)
         assert float(engine.clip(None)) == pytest.approx(norm / 4, rel=1e-4)
 
     def test_a_skipped_update_changes_nothing_and_clears_the_gradients(self) -> None:
-        engine, _, loss_of = self.prepared()
+        engine = self.prepared()
         before = {name: tensor.clone() for name, tensor in engine.state().items()}
         (batch, _) = self.batches(0)
-        engine.backward(loss_of(batch.to(engine.device)).total, last=True)
+        engine.backward(engine.loss_of(batch.to(engine.device), last=True).total)
         engine.update(skip=True)
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state().items())
-        norm = self.run(engine, loss_of, range(1))
-        assert norm == self.run(*self.prepared()[::2], range(1)), "gradients were left behind"
+        norm = self.run(engine, range(1))
+        assert norm == self.run(self.prepared(), range(1)), "gradients were left behind"
 
     def test_state_has_the_names_and_shapes_of_the_step(self) -> None:
-        engine, _, _ = self.prepared()
+        engine = self.prepared()
         shapes = {name: tensor.shape for name, tensor in self.step().state_dict().items()}
         assert {name: tensor.shape for name, tensor in engine.state().items()} == shapes
 
     def test_optimizer_state_travels_by_parameter_name_bit_for_bit(self) -> None:
-        engine, _, loss_of = self.prepared()
-        self.run(engine, loss_of, range(2))
+        engine = self.prepared()
+        self.run(engine, range(2))
         names = set(dict(self.step().named_parameters()))
         state = {path: tensor.clone() for path, tensor in engine.optimizer_state().items()}
         assert {path.rpartition("/")[0] for path in state} <= names
-        other, others, other_loss_of = self.prepared()
-        others.load_state_dict({name: tensor.clone() for name, tensor in engine.state().items()})
+        other = self.prepared()
+        other.load_state({name: tensor.clone() for name, tensor in engine.state().items()})
         other.load_optimizer_state(state)
-        self.run(engine, loss_of, range(2, 4))
-        self.run(other, other_loss_of, range(2, 4))
+        self.run(engine, range(2, 4))
+        self.run(other, range(2, 4))
         assert all(torch.equal(tensor, engine.state()[name]) for name, tensor in other.state().items())
 
     def test_optimizer_state_of_another_model_is_refused(self) -> None:
-        engine, _, loss_of = self.prepared()
-        self.run(engine, loss_of, range(1))
+        engine = self.prepared()
+        self.run(engine, range(1))
         state = engine.optimizer_state()
         with pytest.raises(CheckpointError, match="nobody"):
             engine.load_optimizer_state({"nobody.weight/exp_avg": torch.zeros(2)})
@@ -161,13 +161,14 @@ class EngineContract(ComponentContract):
         engine = self.started()
         if engine.world_size == 1:
             assert float(engine.sum(torch.tensor(2.5, device=engine.device))) == 2.5
+            assert engine.any(True)
+            assert not engine.any(False)
 
     def test_bf16_computes_low_and_keeps_parameters_high(self) -> None:
         engine, step = self.component.build(), self.step()
         engine.setup("bf16", compile=False)
-        step.to(engine.device)
-        loss_of = engine.prepare(step, self.optimizers(step))
-        self.run(engine, loss_of, range(1))
+        engine.prepare(step.to(engine.device), self.optimizers)
+        self.run(engine, range(1))
         assert {tensor.dtype for tensor in engine.state().values()} == {torch.float32}
         with engine.autocast():
             product = torch.ones(2, 2, device=engine.device) @ torch.ones(2, 2, device=engine.device)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build_model(run: Run, tokenizer: Tokenizer) -> LanguageModel:
-    """The run's model on the CPU: built from its seed, then `init:` weights, then `adapters:`.
+def build_model(run: Run, tokenizer: Tokenizer, *, fresh: bool) -> LanguageModel:
+    """The run's model on the CPU: built from its seed, then `init:` weights (when it starts afresh), then `adapters:`.
 
-    Raises `UserError` when `init:` has another tokenizer or another shape.
+    Raises `UserError` when `init:` has adapters, another tokenizer or another shape.
     """
     torch.manual_seed(run.seed)
     model: LanguageModel = run.model.build(tokenizer.vocab_size)
-    if run.init is not None:
+    if run.init is not None and fresh:
         from sky_core.api import load
 
         other, other_tokenizer = load(run.init)
@@ -34,6 +34,8 @@ def build_model(run: Run, tokenizer: Tokenizer) -> LanguageModel:
                 f"init: {run.init} was trained with tokenizer {other_tokenizer.fingerprint}, this run has"
                 f" {tokenizer.fingerprint}; use the data and tokenizer that it was trained with"
             )
+        if other.adapters:
+            raise UserError(f"init: {run.init} has adapters, which would be lost; start from the run that they adapt")
         from pathlib import Path
 
         from sky_core.training.checkpoint import load_weights

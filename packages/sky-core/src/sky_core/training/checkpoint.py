@@ -122,6 +122,12 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def load_weights(module: torch.nn.Module, tensors: Tensors, source: Path) -> None:
     """Load `tensors` into `module`; names and shapes must match. Raises `UserError` naming what differs."""
+    check_fit(module, tensors, source)
+    module.load_state_dict(tensors)
+
+
+def check_fit(module: torch.nn.Module, tensors: Tensors, source: Path) -> None:
+    """Raise `UserError` naming what differs between the state of `module` and `tensors`, in names and shapes."""
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"{name} is missing" for name in own.keys() - given.keys()]
@@ -137,7 +143,6 @@ def load_weights(module: torch.nn.Module, tensors: Tensors, source: Path) -> Non
             f"{source}: it does not fit the model: {'; '.join(sorted(problems)[:3])}{more}; is `model:` the one it was"
             " trained with?"
         )
-    module.load_state_dict(tensors)
 
 
 def checkpoint_name(step: int) -> str:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+BuildOptimizers = Callable[[list[tuple[str, nn.Parameter]]], list[torch.optim.Optimizer]]
+"""Optimizers of the named parameters that are trained (`slots.Optimizer.build`)."""
+
 
 class Step(nn.Module):
     """Model, what is attached to it, and objective as one module.
@@ -47,8 +50,8 @@ class Step(nn.Module):
 class Engine(ABC):
     """Everything about a step that depends on where, and on how many processes, it runs.
 
-    The trainer calls `prepare` once; then, per step, the prepared step and `backward` for each micro-batch, `clip`
-    and `update`.
+    The trainer calls `setup` and `prepare` once; then, per step, `loss_of` and `backward` for each micro-batch, `clip`
+    and `update`. Losses are normalised over all processes, so gradients are to be *summed* over them, not averaged.
     """
 
     rank: int = 0
@@ -65,17 +68,26 @@ class Engine(ABC):
     def setup(self, precision: str, *, compile: bool) -> None:
         """Join the other processes, choose the device and the precision ("auto", "fp32", "bf16"), say so in the log."""
 
+    optimizers: list[torch.optim.Optimizer]
+    """What `prepare` built; the trainer sets the learning rates of their groups."""
+
     @abstractmethod
-    def prepare(self, step: Step, optimizers: list[torch.optim.Optimizer]) -> Callable[[Batch], Loss]:
-        """Take charge of the step (already on `device`) and its optimizers; returns what to call for a micro-batch."""
+    def prepare(self, step: Step, build_optimizers: BuildOptimizers) -> None:
+        """Take charge of the step (already on `device`): compile, wrap or shard it, then build the optimizers over the
+        named parameters that it has then."""
+
+    @abstractmethod
+    def loss_of(self, batch: Batch, *, last: bool) -> Loss:
+        """The loss of one micro-batch; `last` marks the step's last one, where gradients are to be reduced."""
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of forward passes outside of the prepared step (evaluation)."""
+        """The context of every use of the model outside of `loss_of` (an objective's `prepare`, evaluation, samples):
+        the run's precision, and whole parameters where the engine shards them."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulate gradients of a loss that is already normalised; `last` marks the step's last micro-batch."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of a loss that is already normalised."""
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> torch.Tensor:
@@ -87,11 +99,19 @@ class Engine(ABC):
 
     @abstractmethod
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """The sum over all processes of a tensor on `device`."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process: what all of them must decide alike."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
         """Full state dict of the step on the main process."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state`; names and shapes are known to fit."""
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, torch.Tensor]:
@@ -113,27 +133,23 @@ class LocalEngine(Engine):
         self.compile = compile
         log.info("engine local on %s%s", self.device, ", layers compiled" if compile else "")
 
-    def prepare(self, step: Step, optimizers: list[torch.optim.Optimizer]) -> Callable[[Batch], Loss]:
+    def prepare(self, step: Step, build_optimizers: BuildOptimizers) -> None:
         self.step = step
-        self.optimizers = optimizers
-        self.trained = [parameter for group in self._groups() for parameter in group["params"]]
         if self.compile:
             step.model.compile_layers()
+        named = [(name, parameter) for name, parameter in step.named_parameters() if parameter.requires_grad]
+        self.optimizers = build_optimizers(named)
+        self.trained = [parameter for _, parameter in named]
 
-        def forward(batch: Batch) -> Loss:
-            with self.autocast():
-                loss: Loss = step(batch)
-            return loss
-
-        return forward
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    def loss_of(self, batch: Batch, *, last: bool) -> Loss:
+        with self.autocast():
+            loss: Loss = self.step(batch)
+        return loss
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def clip(self, max_norm: float | None) -> torch.Tensor:
@@ -150,6 +166,9 @@ class LocalEngine(Engine):
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.step.state_dict()
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.step.load_state_dict(state)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         names = {parameter: name for name, parameter in self.step.named_parameters()}

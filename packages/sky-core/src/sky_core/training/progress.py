@@ -2,7 +2,7 @@
 
     step  1 240/12 000  10.3%  loss 4.812  bpb 1.43  lr 9.1e-04  gnorm 0.71  1.74k tok/s  mfu 41%  rss 3.1G  eta 5h42
     eval  1 250  loss 4.790  bpb 1.421 (-0.018)  ★ best
-    sample  1 250  'The capital of France is the first of the most'
+    sample  1 250  'The capital' 'of France is the first of the most'
 
 rich honours NO_COLOR and TERM=dumb; a dumb terminal gets the plain lines.
 """
@@ -26,7 +26,9 @@ def integer(number: int) -> str:
 
 
 def quantity(number: float) -> str:
-    """`1.74k`, `12.1M`, `640`: about three digits."""
+    """`1.74k`, `12.1M`, `640`, `2.1e+33`: about three digits."""
+    if not abs(number) < 1e15:
+        return f"{number:.2g}"
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= factor:
             scaled = number / factor
@@ -35,8 +37,10 @@ def quantity(number: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes as `3.1G` or `850M` (powers of 1024)."""
-    return f"{size / 2**30:.1f}G" if size >= 2**30 else f"{size / 2**20:.0f}M"
+    """Bytes as `3.1G`, `850M` or `6.5K` (powers of 1024)."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f}G"
+    return f"{size / 2**20:.0f}M" if size >= 2**20 else f"{size / 2**10:.3g}K"
 
 
 def duration(seconds: float) -> str:
@@ -58,7 +62,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "lr": lambda v: f"lr {v:.1e}",
     "grad_norm": lambda v: f"gnorm {v:.2f}",
     "tokens_per_second": lambda v: f"{quantity(v)} tok/s",
-    "mfu": lambda v: f"mfu {v:.0%}",
+    "mfu": lambda v: f"mfu {v:.0%}" if v >= 0.1 else f"mfu {v:.1%}",
     "peak_rss": lambda v: f"rss {memory(v)}",
     "peak_gpu": lambda v: f"gpu {memory(v)}",
     "skipped": lambda v: f"skipped {v}" if v else "",
@@ -66,7 +70,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 }
 """How a metric is written, in this order; any other is written with its own name, after the loss."""
 
-HIDDEN = frozenset({"tokens", "seconds_per_step"})
+HIDDEN = frozenset({"tokens", "bytes", "seconds_per_step"})
 COMPARED = frozenset({"loss", "bits_per_byte"})
 
 
@@ -108,8 +112,8 @@ class Progress:
     def evaluation(self, step: int, results: Mapping[str, float], *, best: bool = False) -> None:
         """An evaluation at `step`; changes against the one before are shown in parentheses."""
 
-    def sample(self, step: int, text: str) -> None:
-        """Sampled text; line breaks and control characters are shown escaped."""
+    def sample(self, step: int, text: str, prompt: str = "") -> None:
+        """Text sampled after `prompt`; line breaks and control characters are shown escaped."""
 
     def message(self, text: str) -> None:
         """A line for the reader."""
@@ -133,8 +137,8 @@ class PlainProgress(Progress):
         self.message("  ".join(words))
         self._evaluated = dict(results)
 
-    def sample(self, step: int, text: str) -> None:
-        self.message(f"sample  {integer(step)}  {text!r}")
+    def sample(self, step: int, text: str, prompt: str = "") -> None:
+        self.message("  ".join(["sample", integer(step), f"{prompt!r} {text!r}" if prompt else repr(text)]))
 
     def _position(self, step: int) -> str:
         total = integer(self.total_steps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sky_core.files import append_json_line, write_atomic
 from sky_core.generation.text import generate
 from sky_core.run_directory import utc_now
-from sky_core.training.flops import measure_peak_flops
+from sky_core.training.flops import measure_peak_flops, mfu
 from sky_core.training.metrics import (
     MetricsLog,
     MetricsWriter,
@@ -97,7 +97,7 @@ class Report:
             return
         values = host_scalars(metrics)
         values |= self.meter.read(step)
-        values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak_flops
+        values["mfu"] = mfu(values["tokens_per_second"], self.flops_per_token, self.peak_flops)
         for writer in self.writers:
             writer.log(step, values)
         self._last = values
@@ -126,7 +126,8 @@ class Report:
                     trainer.model, trainer.tokenizer, prompt,
                     max_new_tokens=wanted.max_new_tokens, sampler=wanted.sampler, seed=trainer.run.seed,
                 )  # fmt: skip
-            append_json_line(self.folder / "samples.jsonl", {"step": trainer.step, "prompt": prompt, "text": text})
+            if trainer.engine.is_main:
+                append_json_line(self.folder / "samples.jsonl", {"step": trainer.step, "prompt": prompt, "text": text})
             self.progress.sample(trainer.step, text)
 
     def on_end(self, result: Result) -> None:
@@ -135,6 +136,10 @@ class Report:
             writer.close()
         self._update(state=result.state, reason=result.reason, ended=utc_now())
         log.info("%s at step %d%s", result.state, result.step, f": {result.reason}" if result.reason else "")
+
+    def heartbeat(self) -> None:
+        """Say in run.json that the run is alive, and how far it is."""
+        self._update(heartbeat=round(time.time(), 1))
 
     def _update(self, **fields: Any) -> None:
         seconds = self.seconds + time.monotonic() - self._started

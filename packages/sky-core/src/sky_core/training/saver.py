@@ -68,9 +68,11 @@ class Saver:
         """
         if folder is not None:
             self._load(folder)
-        checkpoint.remove_unfinished(self.folder)
+        if self.trainer.engine.is_main:
+            checkpoint.remove_unfinished(self.folder)
         if folder is not None:
-            checkpoint.set_later_aside(folder)
+            if self.trainer.engine.is_main:
+                checkpoint.set_later_aside(folder)
             self._restore_best(folder)
             self.saved_step = self.trainer.step
 
@@ -113,6 +115,8 @@ class Saver:
                     f" {what}, or start a new run with init:"
                 )
         if state["step"] >= trainer.fit.steps:
+            if trainer.directory.state == "crashed":
+                trainer.directory.update(state="done", step=state["step"])
             raise UserError(
                 f"{folder}: the run is complete ({state['step']} of {trainer.fit.steps} steps);"
                 f" `sky resume {trainer.directory.path} train.steps=...` makes it longer"
@@ -120,9 +124,13 @@ class Saver:
         changed = {n: v for n, v in state["versions"].items() if loaded_plugins().versions().get(n) != v}
         if changed:
             log.warning("resuming under other versions; the checkpoint was written with %s", changed)
-        for part, stem in PARTS.items():
-            module = trainer.module.get_submodule(part.removesuffix("."))
-            checkpoint.load_weights(module, checkpoint.load_tensors(folder, stem), folder)
+        tensors = {
+            f"{part}{name}": tensor
+            for part, stem in PARTS.items()
+            for name, tensor in checkpoint.load_tensors(folder, stem).items()
+        }
+        checkpoint.check_fit(trainer.module, tensors, folder)
+        trainer.engine.load_state(tensors)
         trainer.engine.load_optimizer_state(checkpoint.load_tensors(folder, "training/optimizer"))
         if trainer.ema is not None:
             averages = checkpoint.load_tensors(folder, "training/ema")

@@ -81,18 +81,16 @@ class Trainer:
         self.engine.setup(fit.precision, compile=fit.compile)
         self.dataset = run.data.build(run.seed, run.tokenizer)
         self.tokenizer = self.dataset.tokenizer
-        self.model = build_model(run, self.tokenizer)
+        self.model = build_model(run, self.tokenizer, fresh=not directory.checkpoints)
         self.model.activation_checkpointing = fit.activation_checkpointing
         torch.manual_seed(run.seed + 1)
         self.objective = run.objective.build(run, self.tokenizer)
         module = Step(self.model, self.objective).to(self.engine.device)
-        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError("nothing to train: every parameter is frozen")
-        self.optimizers = run.optimizer.build(trained)
-        self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.engine.prepare(module, run.optimizer.build)
+        self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.engine.optimizers]
         self.schedule: Callable[[int], float] = run.schedule.build(fit.steps)
-        self.loss_of = self.engine.prepare(module, self.optimizers)
         self.module = module
         self.ema = self._build_ema()
         self.micro_batch, self.accumulation = self._split_batch()
@@ -100,6 +98,11 @@ class Trainer:
         self.saver = Saver(self)
         self.report = Report(self)
         self.callbacks: list[Any] = [self.report, *(callback.build(self) for callback in run.callbacks)]
+        if self.dataset.sequence_length > self.model.max_length:
+            raise UserError(
+                f"data: sequences of {self.dataset.sequence_length} tokens do not fit"
+                f" model.max_length={self.model.max_length}; lower one or raise the other"
+            )
         loaded_plugins().hook.sky_trainer_built(trainer=self, run=run)
         self._bound: dict[str, list[Callable[..., None]]] = {}
 
@@ -107,9 +110,9 @@ class Trainer:
 
     def train(self) -> Result:
         """Train to the end, or until something asks to stop; returns how it ended. Raises `Diverged`."""
+        listeners = [callback for callback in self.callbacks if self.engine.is_main or callback is not self.report]
         self._bound = {
-            event: [getattr(callback, event) for callback in self.callbacks if hasattr(callback, event)]
-            for event in EVENTS
+            event: [getattr(callback, event) for callback in listeners if hasattr(callback, event)] for event in EVENTS
         }
         started = beat = time.monotonic()
         with StopSignals(self.request_stop) as signals, ExitStack() as stack:
@@ -118,14 +121,14 @@ class Trainer:
                 if self.fit.dry_run:
                     self._dry_run()
                 loader = stack.enter_context(self._loader())
-                while self.step < self.fit.steps and self._stop is None:
+                while self.step < self.fit.steps and not self._stopped():
                     metrics = self._train_step(next(loader))
                     self._announce("on_step", self.step, metrics)
                     with self.report.meter.paused():
                         self._between_steps()
-                    if time.monotonic() - beat > HEARTBEAT_SECONDS:
+                    if self.engine.is_main and time.monotonic() - beat > HEARTBEAT_SECONDS:
                         beat = time.monotonic()
-                        self.directory.heartbeat()
+                        self.report.heartbeat()
                     if self.fit.max_minutes and time.monotonic() - started > self.fit.max_minutes * 60:
                         self.request_stop(f"max_minutes ({self.fit.max_minutes}) are over")
                 if self.saver.saved_step != self.step:
@@ -150,7 +153,8 @@ class Trainer:
 
     def _end(self, result: Result) -> None:
         self._announce("on_end", result)
-        loaded_plugins().hook.sky_finished(run=self.run, result=result)
+        if self.engine.is_main:
+            loaded_plugins().hook.sky_finished(run=self.run, result=result)
 
     def _loader(self) -> Loader:
         """This process's share of every step's sequences, from where the run stands."""
@@ -165,21 +169,23 @@ class Trainer:
     def _train_step(self, sequences: Batch) -> dict[str, Any]:
         """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors."""
         batches = self._prepared(sequences)
-        weight = self.engine.sum(torch.tensor(float(sum(self.objective.weight(batch) for batch in batches)))).item()
+        counts = [sum(self.objective.weight(batch) for batch in batches), sequences.n_targets()]
+        weight, tokens = self.engine.sum(torch.tensor(counts, dtype=torch.float64, device=self.engine.device)).tolist()
+        weight = weight or 1.0  # a step without a target has no loss
         multiplier = self.schedule(self.step)
-        for optimizer, peaks in zip(self.optimizers, self.peak_lr, strict=True):
+        for optimizer, peaks in zip(self.engine.optimizers, self.peak_lr, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * multiplier
 
         parts: dict[str, torch.Tensor] = {}
         for index, batch in enumerate(batches):
             torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, index))
-            loss = self.loss_of(batch)
-            self.engine.backward(loss.total / max(weight, 1.0), last=index == len(batches) - 1)
+            loss = self.engine.loss_of(batch, last=index == len(batches) - 1)
+            self.engine.backward(loss.total / weight)
             for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
                 parts[name] = parts[name] + value if name in parts else value
         norm = self.engine.clip(self.fit.clip)
-        means = {name: self.engine.sum(value) / max(weight, 1.0) for name, value in parts.items()}
+        means = {name: self.engine.sum(value) / weight for name, value in parts.items()}
 
         finite = bool(torch.isfinite(norm) & torch.isfinite(means["loss"]))
         self.engine.update(skip=not finite)
@@ -192,7 +198,7 @@ class Trainer:
             **means,
             "grad_norm": norm,
             "lr": self.peak_lr[0][0] * multiplier,
-            "tokens": weight,
+            "tokens": tokens,
             "skipped": self.skipped,
         }
 
@@ -200,7 +206,7 @@ class Trainer:
         """The step's sequences as micro-batches on the device, prepared by the objective."""
         batch = batch.to(self.engine.device)
         prepared = []
-        with torch.no_grad():
+        with torch.no_grad(), self.engine.autocast():
             for index in range(len(batch.tokens_BT) // self.micro_batch):
                 # Another stream than that of the forward pass, so that rollouts and dropout are independent.
                 torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, self.accumulation + index))
@@ -252,13 +258,20 @@ class Trainer:
     def resume(self, folder: Path | None) -> None:
         """Continue from a checkpoint, exactly, or from nothing (`Saver.resume`)."""
         self.saver.resume(folder)
-        self.report.rewind(self.step)
+        if self.engine.is_main:
+            self.report.rewind(self.step)
 
     # -------------------------------------------------------------------------------------------------- helpers
 
     def request_stop(self, reason: str, state: str = "stopped") -> None:
         """Stop after the current step; the run is saved and can be resumed."""
         self._stop = (state, reason)
+
+    def _stopped(self) -> bool:
+        """Whether this or another process was asked to stop: all of them leave the loop after the same step."""
+        if self.engine.any(self._stop is not None) and self._stop is None:
+            self.request_stop("another process of the run was asked to stop")
+        return self._stop is not None
 
     def _announce(self, event: str, *arguments: Any) -> None:
         for function in self._bound[event]:
@@ -297,8 +310,8 @@ class Trainer:
         try:
             torch.manual_seed(self.run.seed)
             (batch,) = self._prepared(self.dataset.batch(self.sequences, self.micro_batch))
-            loss = self.loss_of(batch)
-            self.engine.backward(loss.total * 0.0, last=True)
+            loss = self.engine.loss_of(batch, last=True)
+            self.engine.backward(loss.total * 0.0)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
                 raise
