@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sky_core import files
 from sky_core.errors import SkyError, UserError
+from sky_core.files import append_json_line, read_json_lines
 from sky_core.training import metrics
-from sky_core.training.metrics import MetricsLog, TensorBoardLog, Throughput, host_scalars, peak_memory, read_metrics
+from sky_core.training.metrics import MetricsLog, TensorBoardLog, Throughput, host_scalars, peak_memory, rewind
 
 
 def write(path: Path, steps: range) -> None:
@@ -26,7 +28,7 @@ def write(path: Path, steps: range) -> None:
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     writer = MetricsLog(tmp_path / "deep" / "metrics.jsonl")
     writer.log(3, {"loss": 2.5, "skipped": 0})
-    (line,) = read_metrics(tmp_path / "deep" / "metrics.jsonl")
+    (line,) = read_json_lines(tmp_path / "deep" / "metrics.jsonl")
     assert (line["step"], line["loss"], line["skipped"]) == (3, 2.5, 0)
     assert line["time"] > 0
     writer.close()
@@ -50,11 +52,12 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     write(path, range(1, 8))
     with path.open("a") as file:
         file.write('{"step": 8, "lo')
-    writer = MetricsLog(path, resume_from=5)
+    rewind(path, 5)
+    writer = MetricsLog(path)
     writer.log(6, {"loss": 9.0})
     writer.close()
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in read_metrics(path)][4:] == [0.2, 9.0]
+    assert [line["step"] for line in read_json_lines(path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in read_json_lines(path)][4:] == [0.2, 9.0]
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
 
@@ -66,9 +69,9 @@ def test_a_crash_while_rewinding_leaves_the_file_as_it_was(tmp_path: Path, monke
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        MetricsLog(path, resume_from=5)
+        rewind(path, 5)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
 
@@ -77,7 +80,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n\0\0\0\n{"step": 3}\n')
     with pytest.raises(SkyError, match=r"m\.jsonl:2: damaged line"):
-        list(read_metrics(path))
+        list(read_json_lines(path))
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.floats(-1e6, 1e6, width=32), max_size=5))
@@ -139,3 +142,13 @@ def test_throughput_is_smoothed_over_readings(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(sys.platform == "win32", reason="the system does not tell")
 def test_peak_memory_is_in_bytes() -> None:
     assert 2**24 < peak_memory()["peak_rss"] < 2**42
+
+
+def test_a_line_cut_off_by_a_crash_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    append_json_line(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    append_json_line(path, {"step": 3})
+    append_json_line(path, {"step": 4})
+    assert [line["step"] for line in read_json_lines(path)] == [1, 3, 4]

@@ -53,6 +53,7 @@ def load_checkpoint(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     model: LanguageModel = run.model.build(tokenizer.vocab_size)
     for adapter in run.adapters:
         adapter.build(model)
+    loaded_plugins().hook.sky_model_built(model=model, run=run)
     averages = checkpoint.load_tensors(folder, "training/ema")
     adapters = torch.nn.ModuleList(attached.module for attached in model.adapters)
     for part, module in (("model", model), ("adapters", adapters)):

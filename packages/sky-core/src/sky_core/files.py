@@ -10,15 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sky_core.errors import SkyError
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one step; a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def finite(data: Any) -> Any:
@@ -36,19 +42,29 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def append_json_line(path: Path, data: Any) -> None:
-    """Append one JSON line and flush it; a torn last line is what a reader must expect and `read_json_lines` skips."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(data), ensure_ascii=False, allow_nan=False) + "\n")
+    """Append one JSON line and flush it. A line torn by a crash stays a line of its own, which readers skip."""
+    with path.open("ab+") as file:
+        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        line = json.dumps(finite(data), ensure_ascii=False, allow_nan=False)
+        file.write(f"{TORN if torn else ''}{line}\n".encode())
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; nothing when there is no such file."""
+    """The complete lines of a JSON-lines file; nothing when there is no such file. Raises `SkyError` for damage."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n") or line.endswith(TORN):
+                continue
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise SkyError(f"{path}:{number}: damaged line; delete it to go on") from error
+
+
+TORN = " torn\n"
+"""Ends a line that a crash cut off, written before the next one."""
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from sky_core.model.language_model import LanguageModel
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode it was in (frozen parts may differ)."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """The model and its adapters in evaluation mode; afterwards every module is in the mode it was in."""
+    roots = [model, *(attached.module for attached in model.adapters)]
+    training = [module for root in roots for module in root.modules() if module.training]
+    for root in roots:
+        root.eval()
     try:
         yield
     finally:

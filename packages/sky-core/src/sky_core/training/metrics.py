@@ -7,10 +7,7 @@ except when a run goes on from an earlier step.
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from sky_core.errors import SkyError, UserError
+from sky_core.errors import UserError
+from sky_core.files import append_json_line, read_json_lines, write_atomic
 
 
 class MetricsWriter(Protocol):
@@ -42,58 +40,24 @@ def host_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Appends metric lines to `path`.
+    """Appends metric lines to `path`."""
 
-    With `resume_from`, the lines of later steps and a last line cut off by a crash are dropped first; the file is
-    replaced in one move, so a crash here loses nothing.
-    """
-
-    def __init__(self, path: str | Path, *, resume_from: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_from is not None and self.path.exists():
-            rewind(self.path, resume_from)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line. A value that is not finite becomes null, which every JSON reader takes."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self._file.flush()
+        append_json_line(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
 
     def close(self) -> None:
-        self._file.close()
-
-
-def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file as dictionaries; a last line that is still being written is left out.
-
-    Raises `SkyError` naming the line that is no JSON.
-    """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                raise SkyError(f"{path}:{number}: damaged line; delete it to read the rest") from None
+        """Nothing to close: every line is on its own."""
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file whose "step" is after `step`, atomically."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Drop the lines of a JSON-lines file whose "step" is after `step`, and a torn last one, in one step."""
+    kept = [line for line in read_json_lines(path) if line.get("step", 0) <= step]
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 class TensorBoardLog:

@@ -29,7 +29,8 @@ class Loss:
 class Objective(nn.Module):
     """Turns (model, batch) into a `Loss`. A module, so that a teacher's projection or a value head can be trained:
     its trainable parameters join the optimizer and its state dict the checkpoint. Frozen models it holds do not
-    belong in its state dict: keep them in a plain attribute, outside of module registration.
+    belong in its state dict: keep them in a plain attribute, outside of module registration, and move them to the
+    device of the first batch.
     """
 
     def prepare(self, model: LanguageModel, batch: Batch) -> Batch:
