@@ -655,9 +655,7 @@ for positions in (False, True):
     train(model, lr=3e-3)
     slow[positions] = evaluate(model)
 slow_gain, fast_gain = slow[False] - slow[True], losses["4 four heads"] - losses["5 + positions"]
-print(
-    f"positions are worth {fast_gain:+.4f} nats at the rate of the ladder, {slow_gain:+.4f} at 0.003, {STEPS} steps each"
-)
+print(f"positions are worth {fast_gain:+.4f} nats at the rate of the ladder, {slow_gain:+.4f} at 0.003 ({STEPS} steps)")
 if trained("what positions are worth depends on the learning rate"):
     assert fast_gain > slow_gain + 0.02
 
@@ -1325,8 +1323,8 @@ learned = [
         blind < 1e-5 < two_layers and gain["5 + positions"] > 0,
     ),
     (
-        f"**An idea is worth what the budget lets it show.** Positions gave {fast_gain:.3f} nats at the ladder's learning "
-        f"rate and {slow_gain:+.3f} at a third of it, in as many steps.",
+        f"**An idea is worth what the budget lets it show.** Positions gave {fast_gain:.3f} nats at the ladder's "
+        f"learning rate and {slow_gain:+.3f} at a third of it, in as many steps.",
         fast_gain > slow_gain,
     ),
     (
