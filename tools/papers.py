@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sky_core.cli.show import implementation
+from sky_core.cli.implementation import implementation
 from sky_core.plugins import load_plugins
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,16 @@ import io
 import pytest
 from rich.console import Console
 
-from sky_core.training.progress import LiveProgress, PlainProgress, Progress, duration, make_progress, quantity
+from sky_core.training.progress import (
+    LiveProgress,
+    PlainProgress,
+    Progress,
+    describe,
+    duration,
+    make_progress,
+    memory,
+    quantity,
+)
 
 METRICS = {
     "loss": 4.8123,
@@ -43,12 +52,14 @@ def test_a_pipe_gets_one_line_per_log_without_control_codes() -> None:
         progress.evaluation(1250, {"loss": 4.79, "bits_per_byte": 1.439})
         progress.evaluation(1260, {"loss": 4.7, "bits_per_byte": 1.421}, best=True)
         progress.sample(1260, "The capital\nof \x1b[31mFrance [bold]is")
+        progress.sample(1260, "of France", prompt="The capital ")
     assert text(console).splitlines() == [
         "step   1 240/12 000  10.3%  loss 4.8123  z_loss 0.01  lr 9.1e-04  gnorm 0.71  1.74k tok/s  mfu 41%  rss 3.1G"
         "  eta 5h42",
         "eval  1 250  loss 4.7900  bpb 1.439",
         "eval  1 260  loss 4.7000 (-0.090)  bpb 1.421 (-0.018)  ★ best",
         r"sample  1 260  'The capital\nof \x1b[31mFrance [bold]is'",
+        "sample  1 260  'The capital ' 'of France'",
     ]
 
 
@@ -116,7 +127,28 @@ def test_durations(seconds: float, written: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "written"), [(640.0, "640"), (1740, "1.74k"), (17400, "17.4k"), (174000, "174k"), (12.1e6, "12.1M")]
+    ("number", "written"),
+    [
+        (640.0, "640"),
+        (1740, "1.74k"),
+        (17400, "17.4k"),
+        (174000, "174k"),
+        (12.1e6, "12.1M"),
+        (2.1e33, "2.1e+33"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
 )
 def test_quantities(number: float, written: str) -> None:
     assert quantity(number) == written
+
+
+def test_words_that_tell_nothing_are_left_out() -> None:
+    assert describe({"loss": 4.0, "bytes": 1.4e6, "tokens": 4e5, "mfu": 0.0312}) == ["loss 4.0000", "mfu 3.1%"]
+
+
+@pytest.mark.parametrize(
+    ("size", "written"), [(640, "640 bytes"), (6656, "6.5K"), (850 * 2**20, "850M"), (3.1 * 2**30, "3.1G")]
+)
+def test_bytes(size: float, written: str) -> None:
+    assert memory(size) == written

@@ -80,12 +80,14 @@ class Schema(BaseModel):
 class Component(Schema):
     """Base of everything that fills a slot. Subclasses set `kind`; each slot's base class sets `slot`.
 
-    `paper` names the source of the technique (arXiv identifier, DOI or title) and is shown by `sky show`.
+    `paper` names the source of the technique (arXiv identifier, DOI or title) and is shown by `sky show`, which also
+    says where the code is: what `build` imports last, or what `implementation` names ("module:name").
     """
 
     slot: ClassVar[str]
     kind: ClassVar[str]
     paper: ClassVar[str] = ""
+    implementation: ClassVar[str] = ""
 
     @classmethod
     def summary(cls) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from sky_core.cli.quiet import quiet
+
 
 @click.command()
 @click.argument("run")
@@ -65,7 +67,8 @@ def sample(
         except UnicodeDecodeError as error:
             raise UserError(f"{prompt_file}: not UTF-8 text (byte {error.start}); convert it first") from error
     texts = [text for text in texts or [""] for _ in range(n)]
-    model, tokenizer = load(run)
+    with quiet():
+        model, tokenizer = load(run)
     ids = encode_prompts(tokenizer, texts)
     options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
 

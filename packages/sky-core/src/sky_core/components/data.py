@@ -41,6 +41,7 @@ class _Prepared(Schema):
 
     kind: ClassVar[str]
     stored_as: ClassVar[str]
+    implementation: ClassVar = "sky_core.data.tokens:TokenFiles"
 
     path: Annotated[str, Field(min_length=1, description="folder that `sky data prepare` wrote")]
     sequence_length: SequenceLength = 1024
@@ -91,6 +92,7 @@ class Text(Dataset):
     """Raw text, prepared when it is first used; kept in a cache that follows its content and the options here."""
 
     kind: ClassVar = "text"
+    implementation: ClassVar = "sky_core.data.tokens:TokenFiles"
 
     path: Annotated[
         str | list[str],

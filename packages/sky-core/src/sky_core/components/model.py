@@ -89,6 +89,7 @@ class Auto(slots.Kernel):
 
     kind: ClassVar = "auto"
     paper: ClassVar = "arXiv:2307.08691"
+    implementation: ClassVar = "sky_core.model.kernels:sdpa"
 
     def build(self) -> Callable[..., torch.Tensor]:
         from sky_core.model.kernels import choose
@@ -136,6 +137,7 @@ class ReLU2(slots.FeedForward):
 
     kind: ClassVar = "relu2"
     paper: ClassVar = "arXiv:2109.08668"
+    implementation: ClassVar = "sky_core.model.feedforward:MLP"
     d_ff: Annotated[int | None, Field(ge=1, description="hidden units; null: 4 d_model")] = None
 
     def build(self, spec: slots.LayerSpec) -> nn.Module:

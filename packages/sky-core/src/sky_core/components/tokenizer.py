@@ -133,6 +133,7 @@ class Saved(Tokenizer):
     """A tokenizer that was trained before, of whatever kind: the folder that `sky tokenizer train` wrote."""
 
     kind: ClassVar = "saved"
+    implementation: ClassVar = "sky_core.tokenizer.files:load_tokenizer"
 
     path: Annotated[str, Field(min_length=1, description="folder with the tokenizer.json")]
 

@@ -40,7 +40,9 @@ def memory(size: float) -> str:
     """Bytes as `3.1G`, `850M` or `6.5K` (powers of 1024)."""
     if size >= 2**30:
         return f"{size / 2**30:.1f}G"
-    return f"{size / 2**20:.0f}M" if size >= 2**20 else f"{size / 2**10:.3g}K"
+    if size >= 2**20:
+        return f"{size / 2**20:.0f}M"
+    return f"{size / 2**10:.3g}K" if size >= 2**10 else f"{size:.0f} bytes"
 
 
 def duration(seconds: float) -> str:
