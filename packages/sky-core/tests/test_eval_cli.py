@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from sky_core import api, run_directory
@@ -43,6 +44,7 @@ def a_run(
         seed=1,
         tokenizer=None,
         data=SimpleNamespace(build=lambda seed, tokenizer: tiny_dataset),
+        train=SimpleNamespace(precision="fp32"),
         eval=SimpleNamespace(tasks=[LossEval(batch_tokens=16), Constant()]),
     )
     monkeypatch.setattr(RunDirectory, "config", config)
@@ -54,7 +56,9 @@ def a_run(
 def test_the_numbers_are_printed_and_kept(a_run: RunDirectory, tiny_model: Any, tiny_dataset: Dataset) -> None:
     expected = validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset) | {"constant": 0.5}
     printed = CliRunner().invoke(evaluate, ["a@best", "--json"], catch_exceptions=False)
-    assert json.loads(printed.stdout) == pytest.approx(expected)
+    numbers = json.loads(printed.stdout)
+    assert numbers.pop("precision") == "fp32"
+    assert numbers == pytest.approx(expected)
     [event] = a_run.events()
     assert (event["event"], event["step"], event["checkpoint"]) == ("eval", 40, "step_000040")
     assert {name: event[name] for name in expected} == pytest.approx(expected)
@@ -63,7 +67,7 @@ def test_the_numbers_are_printed_and_kept(a_run: RunDirectory, tiny_model: Any, 
 def test_the_table_names_the_units(a_run: RunDirectory) -> None:
     printed = CliRunner().invoke(evaluate, ["a"], catch_exceptions=False).stdout
     words = [line.split()[0] for line in printed.splitlines()]
-    assert words == ["nats/token", "perplexity", "bits/byte", "tokens", "bytes", "constant"]
+    assert words == ["nats/token", "perplexity", "bits/byte", "tokens", "bytes", "constant", "precision"]
 
 
 def test_data_of_another_tokenizer_is_refused(
@@ -73,3 +77,15 @@ def test_data_of_another_tokenizer_is_refused(
     with pytest.raises(DataError, match="another tokenizer"):
         CliRunner().invoke(evaluate, ["a"], catch_exceptions=False)
     assert a_run.events() == []
+
+
+def test_it_measures_in_the_precision_of_training(a_run: RunDirectory, tiny_model: Any, tiny_dataset: Dataset) -> None:
+    def bf16() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    expected = validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset, bf16, batch_tokens=16)
+    a_run.config.train.precision = "bf16"
+    numbers = json.loads(CliRunner().invoke(evaluate, ["a", "--json"], catch_exceptions=False).stdout)
+    assert numbers["precision"] == "bf16"
+    assert numbers["loss"] == expected["loss"]
+    assert numbers["loss"] != validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset)["loss"]

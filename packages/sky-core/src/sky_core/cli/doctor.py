@@ -20,20 +20,22 @@ def doctor(as_json: bool) -> None:
     """Check Python, torch, processor, memory, disk, extras and plugins; exit code 4 when something is broken."""
     from sky_core.errors import CheckFailed
 
-    facts, problems = examine()
+    facts, notes, problems = examine()
     if as_json:
-        click.echo(json.dumps({"facts": facts, "problems": problems}, indent=1))
+        click.echo(json.dumps({"facts": facts, "notes": notes, "problems": problems}, indent=1))
     else:
         for name, value in facts.items():
             click.echo(f"{name:<16} {value}")
+        for note in notes:
+            click.echo(f"note             {note}")
         for problem in problems:
             click.echo(f"problem          {problem}")
     if problems:
         raise CheckFailed(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found")
 
 
-def examine() -> tuple[dict[str, Any], list[str]]:
-    """(facts by name, problems as lines)."""
+def examine() -> tuple[dict[str, Any], list[str], list[str]]:
+    """(facts by name, notes on what passes, problems: what is broken), the last two as lines."""
     import platform
 
     import torch
@@ -42,11 +44,11 @@ def examine() -> tuple[dict[str, Any], list[str]]:
     from sky_core.run_directory import machine
     from sky_core.training.precision import resolve_precision
 
-    here, problems = machine(), []
+    here, notes, problems = machine(), [], []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > here["cores"] + 1:
-        problems.append(f"load is {load:.1f} on {here['cores']} cores: other programs slow training down")
+        notes.append(f"load is {load:.1f} on {here['cores']} cores: other programs slow training down")
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -64,7 +66,7 @@ def examine() -> tuple[dict[str, Any], list[str]]:
             problems.append(f"plugin {plugin.name}: {plugin.reason}")
     for lines in loaded.hook.sky_doctor():
         facts |= lines
-    return facts, problems
+    return facts, notes, problems
 
 
 def _memory_gib() -> float:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sky_core.run_directory import RunDirectory, list_runs
+from sky_core.training.progress import duration, integer, quantity
 
-COLUMNS = {
-    "state": "state",
-    "step": "step",
-    "loss": "val loss",
-    "bits_per_byte": "bits/byte",
-    "tokens_per_second": "tokens/s",
-    "parameters": "parameters",
-    "tokens": "tokens seen",
-    "minutes": "minutes",
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value < 100 else quantity(value)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "state": ("state", str),
+    "step": ("step", integer),
+    "loss": ("val loss", _number),
+    "bits_per_byte": ("bits/byte", _number),
+    "train_loss": ("train loss", _number),
+    "tokens_per_second": ("tok/s", quantity),
+    "parameters": ("params", quantity),
+    "tokens": ("tokens", quantity),
+    "minutes": ("time", lambda minutes: duration(60 * minutes)),
 }
+"""Key of a summary -> (head of its column, how a value is written)."""
 
 
 @click.command()
@@ -39,14 +49,25 @@ def runs(names: tuple[str, ...], out: Path, sort: str, tag: str | None, diff: bo
     if not rows:
         click.echo(f"no runs in {out}/")
         return
-    table = [["run", *COLUMNS.values()], *([row["id"], *(_text(row[key]) for key in COLUMNS)] for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    heads = [head for head, _ in COLUMNS.values()]
+    table = [["run", *heads], *([row["id"], *(_text(row, key) for key in COLUMNS)] for row in rows)]
+    why = ["", *(row["reason"] if row["state"] != "done" else "" for row in rows)]
+    width = shutil.get_terminal_size((120, 24)).columns
+    for line, reason in zip(_aligned(table), why, strict=True):
+        click.echo(line)
+        if reason:
+            reason = " ".join(reason.split())
+            click.echo(f"  why: {reason if len(reason) <= width - 7 else reason[: width - 8] + '…'}")
     if diff:
         click.echo()
-        for path, values in differences(rows):
-            click.echo(f"{path}: {'  |  '.join(values)}")
+        ids = [row["id"] for row in rows]
+        for line in _aligned([["", *ids], *([path, *values] for path, values in differences(rows))]):
+            click.echo(line)
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
 def _chosen(names: tuple[str, ...], out: Path) -> list[RunDirectory]:
@@ -65,8 +86,10 @@ def summary(run: RunDirectory) -> dict[str, Any]:
         "created": info.get("created"),
         "state": run.state,
         "step": info.get("step"),
+        "steps": info.get("steps"),
         "loss": evaluation.get("loss"),
         "bits_per_byte": evaluation.get("bits_per_byte"),
+        "train_loss": info.get("train_loss"),
         "tokens_per_second": info.get("tokens_per_second"),
         "parameters": info.get("parameters"),
         "tokens": info.get("tokens"),
@@ -77,30 +100,50 @@ def summary(run: RunDirectory) -> dict[str, Any]:
 
 
 def differences(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(path, value in each run) of every option in which the runs' resolved files differ."""
+    """(path, value in each run) of every option in which the runs' resolved files differ.
+
+    A part that is of different kinds is one difference, whatever its options.
+    """
     from sky_core.yaml_file import read_yaml
 
-    flat = [_flat(read_yaml(Path(row["path"]) / "config.yaml")[0]) for row in rows]
-    paths = dict.fromkeys(path for options in flat for path in options)
-    table = [(path, [json.dumps(options.get(path)) for options in flat]) for path in paths]
-    return [(path, values) for path, values in table if len(set(values)) > 1]
+    return list(_differing("", [read_yaml(Path(row["path"]) / "config.yaml")[0] for row in rows]))
 
 
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {path: node}
-    return {
-        key: value for name, child in node.items() for key, value in _flat(child, f"{path}.{name}".lstrip(".")).items()
-    }
+def _differing(path: str, nodes: list[Any]) -> Iterator[tuple[str, list[str]]]:
+    if all(node == nodes[0] for node in nodes):
+        return
+    tables = all(isinstance(node, dict) for node in nodes) and len({node.get("kind") for node in nodes}) == 1
+    lists = all(isinstance(node, list) for node in nodes) and len({len(node) for node in nodes}) == 1
+    if tables:
+        keys: Iterable[Any] = dict.fromkeys(key for node in nodes for key in node)
+    elif lists:
+        keys = range(len(nodes[0]))
+    else:
+        yield path, [_told(node) for node in nodes]
+        return
+    for key in keys:
+        children = [node[key] if lists else node.get(key, ABSENT) for node in nodes]
+        yield from _differing(f"{path}.{key}".lstrip("."), children)
 
 
-def _text(value: Any) -> str:
-    if value is None:
+ABSENT = object()
+"""Stands where a run has no such key."""
+
+
+def _told(node: Any) -> str:
+    """A value in one word where it can be: a part is its kind."""
+    if node is ABSENT:
         return "-"
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float) and value < 100
-        else f"{value:,.0f}"
-        if isinstance(value, int | float)
-        else str(value)
-    )
+    if isinstance(node, dict) and "kind" in node:
+        return str(node["kind"])
+    if isinstance(node, list):
+        return f"[{', '.join(map(_told, node))}]"
+    return json.dumps(node, ensure_ascii=False)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    """What the table shows of a summary: `-` for what is not known, a step with the steps that were asked for."""
+    if row[key] is None:
+        return "-"
+    text = COLUMNS[key][1](row[key])
+    return f"{text}/{integer(row['steps'])}" if key == "step" and row["steps"] else text
