@@ -33,8 +33,8 @@ def test_training_takes_two_minutes_on_any_machine(monkeypatch: pytest.MonkeyPat
     found = chosen(monkeypatch, seconds)
     steps, tokens = int(found["train.steps"]), int(found["train.batch_tokens"])
     assert quickstart.FEWEST <= steps <= quickstart.MOST
-    assert steps * seconds * tokens / 4096 <= 120
-    assert steps == quickstart.MOST or steps * seconds * tokens / 4096 > 50
+    assert steps * seconds * tokens / 4096 <= 110
+    assert steps == quickstart.MOST or steps * seconds * tokens / 4096 > 40
     assert tokens % 128 == 0
     assert 2 <= steps / int(found["eval.every"]) <= 3
 

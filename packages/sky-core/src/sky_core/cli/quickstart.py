@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 PROMPTS = ("The ", "If the file does not exist, ", "def __init__(self, ", "import ")
 
-SECONDS = 110
-"""What training may take: about two minutes with what lies between its steps."""
+SECONDS = 90
+"""What the steps may take: about two minutes with the evaluations between them, and room for a busier machine."""
 
 FEWEST, MOST = 60, 1500
 """Bounds of the steps. Fewer teach nothing, so a slow machine takes smaller steps before it takes fewer."""
@@ -91,6 +91,7 @@ def fitting(run: Run, given: Iterable[str]) -> list[str]:
     fit: Any = run.train
     steps, tokens = fit.steps, fit.batch_tokens
     if not keys & {"train", "train.steps", "train.kind"}:
+        click.echo("measuring this machine (the first time, the text is prepared too) ...", err=True)
         seconds = seconds_per_step(run)
         while "train.batch_tokens" not in keys and SECONDS / seconds < FEWEST and tokens % 2 == 0 and tokens > 512:
             tokens, seconds = tokens // 2, seconds / 2

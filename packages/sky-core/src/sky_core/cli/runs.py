@@ -60,8 +60,8 @@ def runs(names: tuple[str, ...], out: Path, sort: str, tag: str | None, diff: bo
             click.echo(f"  why: {reason if len(reason) <= width - 7 else reason[: width - 8] + '…'}")
     if diff:
         click.echo()
-        ids = [row["id"] for row in rows]
-        for line in _aligned([["", *ids], *([path, *values] for path, values in differences(rows))]):
+        found = [[path, *values] for path, values in differences(rows)]
+        for line in _aligned([["", *(row["id"] for row in rows)], *found]) if found else ["no differences"]:
             click.echo(line)
 
 
