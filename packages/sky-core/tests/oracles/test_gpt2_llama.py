@@ -76,7 +76,10 @@ def test_gpt2(kernel: Naive | Sdpa) -> None:
 
     state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     weights = {"embed_tokens.weight": state["wte.weight"], "positions.0.embed_positions.weight": state["wpe.weight"]}
-    names = {"embed_tokens.weight": "transformer.wte.weight", "positions.0.embed_positions.weight": "transformer.wpe.weight"}
+    names = {
+        "embed_tokens.weight": "transformer.wte.weight",
+        "positions.0.embed_positions.weight": "transformer.wpe.weight",
+    }
     parts = {
         "input_layernorm": "ln_1",
         "self_attn.o_proj": "attn.c_proj",
