@@ -131,8 +131,8 @@ class RunSpecs:
 
     @hookspec
     def sky_model_built(self, model: LanguageModel, run: Run) -> None:
-        """Called when a run's model stands with its adapters attached: before it is trained, and before the weights of a
-        checkpoint are loaded into it."""
+        """Called when a run's model stands with its adapters attached: before it is trained, and before the weights of
+        a checkpoint are loaded into it."""
 
     @hookspec
     def sky_trainer_built(self, trainer: Trainer, run: Run) -> None:
