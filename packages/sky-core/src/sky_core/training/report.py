@@ -128,7 +128,7 @@ class Report:
                 )  # fmt: skip
             if trainer.engine.is_main:
                 append_json_line(self.folder / "samples.jsonl", {"step": trainer.step, "prompt": prompt, "text": text})
-            self.progress.sample(trainer.step, text)
+            self.progress.sample(trainer.step, text, prompt)
 
     def on_end(self, result: Result) -> None:
         self.progress.stop()
