@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from sky_core.errors import UserError
 from sky_core.plugins import loaded_plugins
+from sky_core.training.checkpoint import load_weights
+from sky_core.training.load import load
 
 if TYPE_CHECKING:
     from sky_core.config import Run
@@ -26,8 +29,6 @@ def build_model(run: Run, tokenizer: Tokenizer, *, fresh: bool) -> LanguageModel
     torch.manual_seed(run.seed)
     model: LanguageModel = run.model.build(tokenizer.vocab_size)
     if run.init is not None and fresh:
-        from sky_core.api import load
-
         other, other_tokenizer = load(run.init)
         if other_tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
@@ -36,10 +37,6 @@ def build_model(run: Run, tokenizer: Tokenizer, *, fresh: bool) -> LanguageModel
             )
         if other.adapters:
             raise UserError(f"init: {run.init} has adapters, which would be lost; start from the run that they adapt")
-        from pathlib import Path
-
-        from sky_core.training.checkpoint import load_weights
-
         load_weights(model, other.state_dict(), Path(run.init))
         log.info("weights start from %s", run.init)
     for adapter in run.adapters:
