@@ -30,9 +30,15 @@ def page() -> str:
     for slot, kinds in load_plugins().catalog.items():
         for kind, component in kinds.items():
             if component.paper:
-                file = implementation(component)[1].resolve().relative_to(ROOT)
+                file = _source(implementation(component)[1])
                 rows.append(f"| {slot} | `{kind}` | {_linked(component.paper)} | [{file.name}](../{file}) |\n")
     return HEAD + "".join(rows)
+
+
+def _source(file: Path) -> Path:
+    """The repository's own copy of a module's file, wherever the package is installed."""
+    tails = ("/".join(file.parts[start:]) for start in range(1, len(file.parts)))
+    return next(found for tail in tails for found in sorted(ROOT.glob(f"packages/*/src/{tail}"))).relative_to(ROOT)
 
 
 def _linked(paper: str) -> str:

@@ -81,9 +81,9 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 
 def test_learned_positions_add_their_row() -> None:
     learned = Learned().build(6, 3, 10)
-    torch.nn.init.normal_(learned.weight)
+    torch.nn.init.normal_(learned.embed_positions.weight)
     x_BTD = torch.randn(2, 3, 6)
-    assert torch.equal(learned.embed(x_BTD, at(7, 0, 7)), x_BTD + learned.weight[[7, 0, 7]])
+    assert torch.equal(learned.embed(x_BTD, at(7, 0, 7)), x_BTD + learned.embed_positions.weight[[7, 0, 7]])
 
 
 @pytest.mark.parametrize("component", [Learned(), Sinusoidal(), NoPosition()])

@@ -27,7 +27,8 @@ def made(name: str, **fields: Any) -> RunDirectory:
     return directory
 
 
-def test_a_new_one_says_everything_that_a_result_needs_to_be_believed() -> None:
+def test_a_new_one_says_everything_that_a_result_needs_to_be_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
     run = made("first", tags=["a"])
     assert (run.path / "config.input.yaml").read_text() == "as given\n"
     assert run.config == read_run("run.yaml", ["name=first"])
