@@ -80,3 +80,12 @@ def test_ctrl_c_saves_and_exits_with_130_without_samples(lab: Any) -> None:
     assert f"resume   sky resume {run}" in told.out
     assert "---" not in told.out
     assert lab.steps(run) == [2]
+
+
+def test_a_shell_that_does_not_find_the_command_is_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "activate").touch()
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "sky")])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert quickstart.activation() == f"  source {tmp_path / 'activate'}      once in each terminal\n"
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/sky")
+    assert quickstart.activation() == ""

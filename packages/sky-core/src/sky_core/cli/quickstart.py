@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable
 from contextlib import redirect_stderr
 from importlib.resources import files
@@ -73,6 +75,7 @@ def quickstart(overrides: tuple[str, ...]) -> None:
         f"\n{result.state} at step {result.step}{f' ({result.reason})' if result.reason else ''}\n"
         f"everything is in {run}: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/last\n"
         "what to type next:\n"
+        f"{activation()}"
         f'  sky sample {run} --prompt "def main(" --temperature 0.8 --top-p 0.95\n'
         f"  sky eval {run}\n"
         f"  sky runs --out {run.parent}\n"
@@ -80,6 +83,12 @@ def quickstart(overrides: tuple[str, ...]) -> None:
         f"  sky resume {run} train.steps={2 * result.step} train.max_minutes=null      train it twice as long\n"
         "  sky data prepare my_texts/ --out data/mine     then: sky train my_run.yaml data.path=data/mine"
     )
+
+
+def activation() -> str:
+    """The line that makes a shell find `sky`, where it does not: this ran from an environment that is not active."""
+    activate = Path(sys.argv[0]).with_name("activate")
+    return "" if shutil.which("sky") or not activate.exists() else f"  source {activate}      once in each terminal\n"
 
 
 def fitting(run: Run, given: Iterable[str]) -> list[str]:
