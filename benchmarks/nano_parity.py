@@ -22,7 +22,10 @@ from itertools import product
 import torch
 from record import Record, arguments
 
-from sky_core.components.model import GELU, Decoder, LayerNorm, Learned, Naive, Sdpa
+from sky_core.components.attention import Naive, Sdpa
+from sky_core.components.layers import GELU, LayerNorm
+from sky_core.components.model import Decoder
+from sky_core.components.position import Learned
 from sky_core.model.nano import GPT, Config
 
 SHAPES = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sky_core import slots
-from sky_core.components import model as parts
+from sky_core.components import attention, model, position
 from sky_core.components.training import NextToken
 from sky_core.data.dataset import Batch
 from sky_core.model.adapter import Attached, linears
@@ -73,7 +73,7 @@ class TestPeekingIsSeen(AttentionContract):
 
 
 class TestNotWhatItSays(AttentionContract):
-    component = parts.Full()
+    component = attention.Full()
     visible = staticmethod(lambda t, s: 0 <= t - s < 4)
     finds = "test_it_equals_softmax_attention_over_what_is_visible"
 
@@ -124,7 +124,7 @@ class TestMingling(AttentionContract):
 
 
 class TestUnrefused(AttentionContract):
-    component = parts.Full()
+    component = attention.Full()
     documents = False
     finds = "test_documents_of_a_packed_row_do_not_see_each_other"
 
@@ -165,7 +165,7 @@ class TestBare(NormContract):
 
 
 class TestWrongPlace(PositionContract):
-    component = parts.Rope()
+    component = position.Rope()
     acts = "embedding"
     finds = "test_embeddings_change_with_the_position_where_it_acts_there"
 
@@ -210,7 +210,7 @@ class Averaging(DecoderLM):
         return super().nll(hidden_BTD, targets_BT) / targets_BT.numel()
 
 
-SMALL = parts.Decoder(n_layer=1, n_head=2, d_model=16, max_length=16)
+SMALL = model.Decoder(n_layer=1, n_head=2, d_model=16, max_length=16)
 
 
 class TestAveraging(ModelContract):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sky_core.components.model import Decoder, Learned
+from sky_core.components.model import Decoder
+from sky_core.components.position import Learned
 from sky_core.errors import UserError
 from sky_core.model.adapter import Attached, linears
 from sky_core.model.language_model import LanguageModel

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sky_core.components.model import Auto
+from sky_core.components.attention import Auto
 from sky_core.model.kernels import attention_weights, naive, sdpa
 from sky_core.model.mask import Mask
 

@@ -11,7 +11,18 @@ import pytest
 import sky_core.testing as kit
 from sky_core import slots
 from sky_core.component import Component
-from sky_core.components import data, evaluation, generation, model, optimization, tokenizer, training
+from sky_core.components import (
+    attention,
+    data,
+    evaluation,
+    generation,
+    layers,
+    model,
+    optimization,
+    position,
+    tokenizer,
+    training,
+)
 from sky_core.data.dataset import Dataset
 from sky_core.plugins import load_plugins, loaded_plugins
 from sky_core.testing import (
@@ -38,79 +49,79 @@ from sky_core.testing.tokenizer import CORPUS
 
 
 class TestFull(AttentionContract):
-    component = model.Full()
+    component = attention.Full()
 
 
 class TestFullWithNormedHeads(AttentionContract):
-    component = model.Full()
+    component = attention.Full()
     spec = {"qk_norm": "head"}
     softmax = False
 
 
 class TestPreNorm(BlockContract):
-    component = model.PreNorm()
+    component = layers.PreNorm()
 
 
 class TestPostNorm(BlockContract):
-    component = model.PostNorm()
+    component = layers.PostNorm()
     normed_stream = True
 
 
 class TestNaive(KernelContract):
-    component = model.Naive()
+    component = attention.Naive()
 
 
 class TestSdpa(KernelContract):
-    component = model.Sdpa()
+    component = attention.Sdpa()
 
 
 class TestAutoKernel(KernelContract):
-    component = model.Auto()
+    component = attention.Auto()
 
 
 class TestGELU(FeedForwardContract):
-    component = model.GELU()
+    component = layers.GELU()
 
 
 class TestReLU(FeedForwardContract):
-    component = model.ReLU()
+    component = layers.ReLU()
 
 
 class TestReLU2(FeedForwardContract):
-    component = model.ReLU2()
+    component = layers.ReLU2()
 
 
 class TestSwiGLU(FeedForwardContract):
-    component = model.SwiGLU()
+    component = layers.SwiGLU()
 
 
 class TestLearned(PositionContract):
-    component = model.Learned()
+    component = position.Learned()
     acts = "embedding"
 
 
 class TestSinusoidal(PositionContract):
-    component = model.Sinusoidal()
+    component = position.Sinusoidal()
     acts = "embedding"
 
 
 class TestRope(PositionContract):
-    component = model.Rope()
+    component = position.Rope()
     acts = "layers"
 
 
 class TestNoPosition(PositionContract):
-    component = model.NoPosition()
+    component = position.NoPosition()
     acts = "nowhere"
 
 
 class TestLayerNorm(NormContract):
-    component = model.LayerNorm()
+    component = layers.LayerNorm()
     centred = True
 
 
 class TestRMSNorm(NormContract):
-    component = model.RMSNorm()
+    component = layers.RMSNorm()
 
 
 class TestDecoder(ModelContract):
@@ -127,10 +138,10 @@ class TestOriginalDecoder(ModelContract):
         bias=True,
         tie_embeddings=False,
         qk_norm="full",
-        block=model.PostNorm(),
-        position=(model.Learned(),),
-        norm=model.LayerNorm(),
-        feedforward=(model.GELU(), model.ReLU()),
+        block=layers.PostNorm(),
+        position=(position.Learned(),),
+        norm=layers.LayerNorm(),
+        feedforward=(layers.GELU(), layers.ReLU()),
     )
 
 
@@ -324,7 +335,7 @@ class TestTheGuard:
         with pytest.raises(TypeError, match="test_it_compiles_in_one_graph replaces a standard test"):
 
             class Sly(NormContract):
-                component = model.RMSNorm()
+                component = layers.RMSNorm()
 
                 def test_it_compiles_in_one_graph(self) -> None: ...
 

@@ -9,23 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from sky_core.components.model import (
-    GELU,
-    Decoder,
-    LayerNorm,
-    Learned,
-    Naive,
-    NoPosition,
-    PostNorm,
-    PreNorm,
-    ReLU,
-    ReLU2,
-    RMSNorm,
-    Rope,
-    Sdpa,
-    Sinusoidal,
-    SwiGLU,
-)
+from sky_core.components.attention import Naive, Sdpa
+from sky_core.components.layers import GELU, LayerNorm, PostNorm, PreNorm, ReLU, ReLU2, RMSNorm, SwiGLU
+from sky_core.components.model import Decoder
+from sky_core.components.position import Learned, NoPosition, Rope, Sinusoidal
 from sky_core.model.cache import LayerCache
 from sky_core.model.context import Context
 from sky_core.model.count import kv_bytes_per_token

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sky_core.components.model import GELU, Decoder, LayerNorm, Learned, Naive, Sdpa
+from sky_core.components.attention import Naive, Sdpa
+from sky_core.components.layers import GELU, LayerNorm
+from sky_core.components.model import Decoder
+from sky_core.components.position import Learned
 from sky_core.model.nano import GPT, Config
 
 VOCAB = 37

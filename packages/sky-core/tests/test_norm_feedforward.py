@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sky_core.components.model import GELU, LayerNorm, ReLU, ReLU2, RMSNorm, SwiGLU
+from sky_core.components.layers import GELU, LayerNorm, ReLU, ReLU2, RMSNorm, SwiGLU
 from sky_core.slots import LayerSpec
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sky_core.components.model import Learned, NoPosition, Rope, Sinusoidal
+from sky_core.components.position import Learned, NoPosition, Rope, Sinusoidal
 from sky_core.model.context import Context
 from sky_core.model.mask import Mask
 from sky_core.model.position import RotaryPosition

@@ -6,7 +6,18 @@ from types import ModuleType
 
 from sky_core import API_VERSION, hookimpl, slots
 from sky_core.component import Component
-from sky_core.components import data, evaluation, generation, model, optimization, tokenizer, training
+from sky_core.components import (
+    attention,
+    data,
+    evaluation,
+    generation,
+    layers,
+    model,
+    optimization,
+    position,
+    tokenizer,
+    training,
+)
 
 sky_api = API_VERSION
 
@@ -27,32 +38,32 @@ def sky_models() -> list[type[Component]]:
 
 @hookimpl
 def sky_blocks() -> list[type[Component]]:
-    return _in(model, slots.Block)
+    return _in(layers, slots.Block)
 
 
 @hookimpl
 def sky_attention() -> list[type[Component]]:
-    return _in(model, slots.Attention)
+    return _in(attention, slots.Attention)
 
 
 @hookimpl
 def sky_kernels() -> list[type[Component]]:
-    return _in(model, slots.Kernel)
+    return _in(attention, slots.Kernel)
 
 
 @hookimpl
 def sky_feedforwards() -> list[type[Component]]:
-    return _in(model, slots.FeedForward)
+    return _in(layers, slots.FeedForward)
 
 
 @hookimpl
 def sky_positions() -> list[type[Component]]:
-    return _in(model, slots.Position)
+    return _in(position, slots.Position)
 
 
 @hookimpl
 def sky_norms() -> list[type[Component]]:
-    return _in(model, slots.Norm)
+    return _in(layers, slots.Norm)
 
 
 @hookimpl

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sky_core.components.model import GELU, Decoder, LayerNorm, Learned, Naive, RMSNorm, Rope, Sdpa, SwiGLU
+from sky_core.components.attention import Naive, Sdpa
+from sky_core.components.layers import GELU, LayerNorm, RMSNorm, SwiGLU
+from sky_core.components.model import Decoder
+from sky_core.components.position import Learned, Rope
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 
