@@ -48,6 +48,7 @@ def test_norms_compute_in_fp32_and_return_what_they_were_given(component) -> Non
 
 
 SPEC = LayerSpec(
+    vocab_size=64,
     d_model=12,
     n_head=2,
     n_kv_head=2,

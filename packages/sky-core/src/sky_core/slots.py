@@ -9,8 +9,9 @@ Nothing here imports torch; the types that do are imported for the type checker 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sky_core.component import Component
@@ -30,13 +31,19 @@ if TYPE_CHECKING:
     from sky_core.training.trainer import Trainer as BuiltTrainer
 
 
+NO_SCALE: Mapping[str, float] = MappingProxyType({})
+"""Every parameter learns at the optimizer's own rate."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What a part of one layer may know about the model it is built for.
 
-    `norm` builds a normalisation of a given width; `initializer_range` is the standard deviation of weights.
+    `norm` builds a normalisation of a given width; `initializer_range` is the standard deviation of weights; `layer`
+    counts from 0, the modules of multi-token prediction from `n_layer`.
     """
 
+    vocab_size: int
     d_model: int
     n_head: int
     n_kv_head: int
@@ -52,13 +59,15 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec(LayerSpec):
-    """`LayerSpec` plus what attention layers share: the position encoding, the kernel, and norms of q and k.
+    """`LayerSpec` plus what attention layers share: the position encoding, the kernel, the scale of scores, and norms
+    of q and k.
 
     `qk_norm` is None (no norm), "head" (one norm of width head_dim for every head) or "full" (over all heads).
     """
 
     position: nn.Module
     kernel: Callable[..., torch.Tensor]
+    scale: float
     qk_norm: str | None
 
 
@@ -107,7 +116,8 @@ class Attention(Component):
 class Kernel(Component):
     """Computes softmax(QKᵀ)V under a declarative mask. Offered through `sky_kernels`.
 
-    `build()` returns a callable `(q_BHTE, k_BGSE, v_BGSF, mask, *, scale, dropout) -> y_BHTF`, H a multiple of G.
+    `build()` returns a callable `(q_BHTE, k_BGSE, v_BGSF, mask, *, scale, dropout, softcap=None) -> y_BHTF`, H a
+    multiple of G. With `softcap` c the scores are c tanh(scores / c); a kernel without it raises `UserError`.
     """
 
     slot: ClassVar = "kernel"
@@ -131,13 +141,13 @@ class FeedForward(Component):
 class Position(Component):
     """How a model knows the order of tokens. Offered through `sky_positions`.
 
-    `build(d_model, head_dim, max_length)` returns a `sky_core.model.position.PositionEncoding`.
+    `build(d_model, head_dim, max_length, n_head)` returns a `sky_core.model.position.PositionEncoding`.
     """
 
     slot: ClassVar = "position"
 
     @abstractmethod
-    def build(self, d_model: int, head_dim: int, max_length: int) -> nn.Module: ...
+    def build(self, d_model: int, head_dim: int, max_length: int, n_head: int) -> nn.Module: ...
 
 
 class Norm(Component):
@@ -222,14 +232,18 @@ class Objective(Component):
 class Optimizer(Component):
     """Offered through `sky_optimizers`.
 
-    `build(named_parameters)` returns a list of `torch.optim.Optimizer`; every parameter that requires a gradient is
-    in exactly one group. The learning rate in each group is the peak that the schedule multiplies.
+    `build(named_parameters, lr_scale)` returns a list of `torch.optim.Optimizer`; every parameter that requires a
+    gradient is in exactly one group. The learning rate in each group is the peak that the schedule multiplies.
+    `lr_scale` maps names to factors of Adam's learning rate (muP; 1 where a name is absent): rules whose step does not
+    grow with the width of a matrix leave it aside.
     """
 
     slot: ClassVar = "optimizer"
 
     @abstractmethod
-    def build(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]: ...
+    def build(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], lr_scale: Mapping[str, float] = NO_SCALE
+    ) -> list[torch.optim.Optimizer]: ...
 
 
 class Schedule(Component):

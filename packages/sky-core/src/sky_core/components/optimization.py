@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from sky_core.slots import Optimizer, Schedule
+from sky_core.slots import NO_SCALE, Optimizer, Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,9 @@ class AdamW(Optimizer):
         Field(description="torch's one-pass kernel (auto: where there is one), or ours in the open"),
     ] = "auto"
 
-    def build(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    def build(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], lr_scale: Mapping[str, float] = NO_SCALE
+    ) -> list[torch.optim.Optimizer]:
         from sky_core.training import groups
         from sky_core.training.adamw import build_adamw
 
@@ -51,6 +53,7 @@ class AdamW(Optimizer):
         decay = groups.decay_groups(
             parameters, self.weight_decay, decay_embeddings=self.decay_embeddings, no_decay=spared
         )
+        decay = groups.scale_groups(decay, self.lr, lr_scale)
         return [build_adamw(decay, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused)]
 
 
@@ -75,7 +78,9 @@ class Muon(Optimizer):
     exclude: Annotated[Patterns, Field(description="name patterns (as in a shell) of matrices left to AdamW")] = ()
     adamw: Annotated[AdamW, Field(description="options of AdamW for what is no hidden matrix")] = AdamW(lr=3e-3)
 
-    def build(self, named_parameters: list[tuple[str, torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    def build(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], lr_scale: Mapping[str, float] = NO_SCALE
+    ) -> list[torch.optim.Optimizer]:
         from sky_core.training import groups, muon
 
         parameters = groups.trainable(named_parameters)
@@ -90,7 +95,7 @@ class Muon(Optimizer):
             iteration=self.iteration,
             steps=self.steps,
         )
-        return [optimizer, *(self.adamw.build(others) if others else [])]
+        return [optimizer, *(self.adamw.build(others, lr_scale) if others else [])]
 
 
 class Constant(Schedule):

@@ -1,7 +1,7 @@
 """What the layers of one forward pass share: positions, mask, caches, auxiliary losses, key/value prefixes.
 
 B batch (1 in positions_BT where all rows share them), T time (tokens of this pass), S slots (keys), P prefix length,
-H key/value heads, E width of a head.
+H key/value heads, E width of a head, D model width.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Context:
     `aligned` and `slots_BT` is None: token t lies in slot `end - T + t`. `end` is one past the last slot of any row.
     """
 
+    tokens_BT: torch.Tensor
     positions_BT: torch.Tensor
     mask: Mask
     end: int
@@ -32,6 +33,8 @@ class Context:
     valid_BT: torch.Tensor | None = None
     documents_BT: torch.Tensor | None = None
     cache: Cache | None = None
+    embedding_BTD: torch.Tensor | None = None
+    """What entered the first layer, for layers that read it again; set by the model."""
     prefixes: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Layer -> (k_BHPE, v_BHPE) that every query of that layer sees first (the tap of prefix tuning; B may be 1)."""
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Context:
             raise ValueError(f"position {int(positions_BT.max())}, but the model's context is max_length={max_length}")
         rows_slots_BT = None if aligned else slots_BT
         return cls(
+            tokens_BT=tokens_BT,
             positions_BT=positions_BT,
             mask=Mask(causal=causal, prefix_B=prefix_B, documents_BS=documents_BT, slots_BT=rows_slots_BT),
             end=end,

@@ -66,10 +66,12 @@ def layer_spec(**changes: Any) -> LayerSpec:
 
 def attention_spec(position: nn.Module, **changes: Any) -> AttentionSpec:
     """`layer_spec` for an attention layer with that position encoding and the dense kernel."""
-    return AttentionSpec(**({**_SPEC, "position": position, "kernel": dense_kernel, "qk_norm": None} | changes))
+    own = {"position": position, "kernel": dense_kernel, "scale": _SPEC["head_dim"] ** -0.5, "qk_norm": None}
+    return AttentionSpec(**(_SPEC | own | changes))
 
 
 _SPEC: dict[str, Any] = {
+    "vocab_size": 61,
     "d_model": 32,
     "n_head": 4,
     "n_kv_head": 2,

@@ -9,7 +9,7 @@ Two rules, by shape and name:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -85,6 +85,24 @@ def decay_groups(
         (others if skip else decayed).append((name, parameter))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def scale_groups(groups: list[dict[str, Any]], lr: float, lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
+    """`groups` split so that each has one learning rate: `lr` times the factor of its members' names.
+
+    What a step decays, rate times decay, stays what it was (Wortsman et al. 2023, arXiv:2309.14322, section 3.2.2:
+    decay that does not follow the rate is what transfers across widths).
+    """
+    split = []
+    for group in groups:
+        by_factor: dict[float, list[Named]] = {}
+        for name, parameter in group["params"]:
+            by_factor.setdefault(lr_scale.get(name, 1.0), []).append((name, parameter))
+        split += [
+            {**group, "params": members, "lr": lr * factor, "weight_decay": group["weight_decay"] / factor}
+            for factor, members in by_factor.items()
+        ]
+    return split
 
 
 def describe(parameters: Sequence[Named]) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ class Trainer:
         module = Step(self.model, self.objective).to(self.engine.device)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise UserError("nothing to train: every parameter is frozen")
-        self.engine.prepare(module, run.optimizer.build)
+        lr_scale = {f"model.{name}": factor for name, factor in self.model.lr_scale().items()}
+        self.engine.prepare(module, partial(run.optimizer.build, lr_scale=lr_scale))
         self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.engine.optimizers]
         self.schedule: Callable[[int], float] = run.schedule.build(fit.steps)
         self.module = module
