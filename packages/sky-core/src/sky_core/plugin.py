@@ -13,6 +13,7 @@ from sky_core.components import (
     generation,
     layers,
     model,
+    moe,
     optimization,
     position,
     tokenizer,
@@ -53,7 +54,7 @@ def sky_kernels() -> list[type[Component]]:
 
 @hookimpl
 def sky_feedforwards() -> list[type[Component]]:
-    return _in(layers, slots.FeedForward)
+    return _in(layers, slots.FeedForward) + _in(moe, slots.FeedForward)
 
 
 @hookimpl

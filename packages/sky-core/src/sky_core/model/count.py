@@ -27,8 +27,14 @@ def n_parameters(model: nn.Module, embeddings: Iterable[nn.Module]) -> dict[str,
     return {"total": total, "embedding": embedding, "body": total - embedding}
 
 
+def idle_parameters(model: nn.Module) -> int:
+    """Parameters that a token does not pass: those of the experts it does not go to."""
+    return sum(getattr(module, "idle_parameters", 0) for module in model.modules())
+
+
 def flops_per_token(body: int, head: int, n_layer: int, n_head: int, head_dim: int, sequence_length: int) -> float:
-    """Training FLOPs per token at `sequence_length`; `body` and `head` are numbers of parameters."""
+    """Training FLOPs per token at `sequence_length`; `body` and `head` are numbers of parameters that a token passes
+    (`body` without the idle ones)."""
     return 6.0 * (body + head) + 12.0 * n_layer * n_head * head_dim * sequence_length / 2
 
 

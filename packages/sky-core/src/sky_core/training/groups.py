@@ -3,7 +3,8 @@
 Two rules, by shape and name:
 - decay: weight decay shrinks tensors of two or more dimensions; vectors (gains, biases) are never decayed. Embeddings
   are matrices, so they are decayed unless asked otherwise.
-- hidden matrices: two dimensions, and neither an embedding nor a head. Muon orthogonalises exactly these.
+- hidden matrices: two dimensions, and neither an embedding nor a head; or three where a module called `experts` stacks
+  the matrices of its experts. Muon orthogonalises exactly these, each expert's by itself.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def is_embedding_or_head(name: str) -> bool:
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon's geometry fits: a matrix that maps hidden states to hidden states."""
-    return parameter.ndim == 2 and not is_embedding_or_head(name)
+    """Whether Muon's geometry fits: a matrix that maps hidden states to hidden states, or a stack of experts'."""
+    stacked = parameter.ndim == 3 and "experts" in name.split(".")
+    return (parameter.ndim == 2 or stacked) and not is_embedding_or_head(name)
 
 
 def matching(patterns: Sequence[str], names: Iterable[str], key: str) -> set[str]:

@@ -20,10 +20,12 @@ so a singular value σ becomes a σ + b σ³ + c σ⁵. `newton_schulz` repeats 
 values into about [0.7, 1.2]; `polar_express` takes the minimax triple of each iteration (Amsel et al. 2025,
 arXiv:2505.16932, algorithm 1), closer to 1 for the same work.
 
+A parameter of three dimensions is a stack of matrices (the experts of a mixture): each is orthogonalised by itself.
+
 Where we differ: matrices of one shape (transposes included) are iterated together as one stack; without hardware for
 bfloat16 the iteration runs in float32.
 
-N matrices in a stack, R rows, C columns with R ≤ C.
+N matrices in a stack, E experts, R rows, C columns with R ≤ C.
 """
 
 from __future__ import annotations
@@ -83,22 +85,24 @@ def iterate(x_NRC: torch.Tensor, triples: Sequence[Triple]) -> torch.Tensor:
 def orthogonalize(
     matrices: Sequence[torch.Tensor], triples: Sequence[Triple], dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """The polynomial approximation of P Qᵀ of each matrix, computed and returned in `dtype`."""
+    """The polynomial approximation of P Qᵀ of each matrix (of each in a stack), computed and returned in `dtype`."""
     stacks: dict[tuple[torch.device, torch.Size], list[int]] = defaultdict(list)
-    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    wide = [matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix for matrix in matrices]
     for index, matrix in enumerate(wide):
-        stacks[matrix.device, matrix.shape].append(index)
+        stacks[matrix.device, matrix.shape[-2:]].append(index)
     results: list[torch.Tensor] = list(matrices)
-    for indices in stacks.values():
-        x_NRC = iterate(torch.stack([wide[index].to(dtype) for index in indices]), triples)
-        for index, x_RC in zip(indices, x_NRC, strict=True):
-            results[index] = x_RC if wide[index] is matrices[index] else x_RC.mT
+    for (_, shape), indices in stacks.items():
+        members = [wide[index].reshape(-1, *shape).to(dtype) for index in indices]
+        x_NRC = iterate(torch.cat(members), triples)
+        for index, x_ERC in zip(indices, x_NRC.split([len(member) for member in members]), strict=True):
+            x = x_ERC.view(wide[index].shape)
+            results[index] = x if wide[index] is matrices[index] else x.mT
     return results
 
 
 def update_scale(shape: Sequence[int], scale: Scale) -> float:
-    """What the orthogonalised update of a (rows, columns) matrix is multiplied by."""
-    rows, columns = shape
+    """What the orthogonalised update of a (rows, columns) matrix, or a stack of these, is multiplied by."""
+    rows, columns = shape[-2:]
     return math.sqrt(max(1.0, rows / columns)) if scale == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
@@ -118,7 +122,7 @@ def split(parameters: Sequence[Named], exclude: Sequence[str] = ()) -> tuple[lis
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for two-dimensional hidden parameters. State per parameter: `momentum_buffer`, fp32 like the parameter.
+    """Muon for hidden matrices and stacks of them. State per parameter: `momentum_buffer`, fp32 like the parameter.
 
     `lr` is the step before the shape-dependent scale; `weight_decay` is decoupled and not scaled; `steps` counts
     iterations of the polynomial. Raises `ValueError` for a parameter that is no matrix.
@@ -139,7 +143,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "scale": scale, "iteration": iteration, "steps": steps})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.ndim != 2:
+                if parameter.ndim not in (2, 3):
                     raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(parameter.shape)}")
 
     @torch.no_grad()

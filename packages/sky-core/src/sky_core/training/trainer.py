@@ -107,6 +107,7 @@ class Trainer:
             )
         loaded_plugins().hook.sky_trainer_built(trainer=self, run=run)
         self._bound: dict[str, list[Callable[..., None]]] = {}
+        self._after_step: list[Callable[..., dict[str, torch.Tensor]]] = []
 
     # ---------------------------------------------------------------------------------------------- the loop
 
@@ -116,6 +117,7 @@ class Trainer:
         self._bound = {
             event: [getattr(callback, event) for callback in listeners if hasattr(callback, event)] for event in EVENTS
         }
+        self._after_step = [module.after_step for module in self.module.modules() if hasattr(module, "after_step")]
         started = beat = time.monotonic()
         with StopSignals(self.request_stop) as signals, ExitStack() as stack:
             try:
@@ -191,6 +193,9 @@ class Trainer:
 
         finite = bool(torch.isfinite(norm) & torch.isfinite(means["loss"]))
         self.engine.update(skip=not finite)
+        for after_step in self._after_step:
+            for name, value in after_step(self.engine.sum, skipped=not finite).items():
+                means[name] = torch.maximum(means[name], value) if name in means else value
         if self.ema is not None and finite:
             self.ema.update()
         self.step += 1
