@@ -143,6 +143,9 @@ def test_digits_are_cut_as_each_pattern_says() -> None:
         "gpt2": ["x", "12345"],
         "gpt4": ["x", "123", "45"],
         "nanochat": ["x", "12", "34", "5"],
+        "llama3": ["x", "123", "45"],
+        "qwen2": ["x", "1", "2", "3", "4", "5"],
+        "o200k": ["x", "123", "45"],
     }
 
 

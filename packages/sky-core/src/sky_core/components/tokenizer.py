@@ -129,6 +129,27 @@ class SentencePiece(Tokenizer):
         return SentencePieceTokenizer.load(folder)
 
 
+class HuggingFace(Tokenizer):
+    """A Hugging Face tokenizer.json of any sort, run by the package `tokenizers` and saved as it is."""
+
+    kind: ClassVar = "huggingface"
+
+    path: Annotated[
+        str, Field(min_length=1, description="a tokenizer.json, or a folder with one and its tokenizer_config.json")
+    ]
+
+    def train(self, texts: Iterable[str]) -> BuiltTokenizer:
+        from sky_core.tokenizer.huggingface import read_huggingface
+
+        return read_huggingface(self.path)
+
+    @classmethod
+    def load(cls, folder: Path) -> BuiltTokenizer:
+        from sky_core.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer.load(folder)
+
+
 class Saved(Tokenizer):
     """A tokenizer that was trained before, of whatever kind: the folder that `sky tokenizer train` wrote."""
 

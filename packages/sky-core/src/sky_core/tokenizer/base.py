@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import codecs
 import operator
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from sky_core.errors import DataError, UserError
-from sky_core.tokenizer.files import fingerprint_of, read_tokenizer, write_tokenizer
+from sky_core.tokenizer.files import fingerprint_of, read_chat_template, read_tokenizer, write_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-"""The special token between documents."""
+"""The special token between documents, unless a tokenizer names another one."""
+
+Span = tuple[int, int, int]
+"""A token in a text: its id, and the UTF-8 bytes from which and up to which it goes."""
 
 
 class Tokenizer(ABC):
     """`decode(encode(text)) == text` for every string the tokenizer accepts.
 
-    Special tokens have ids but no text: `encode` never produces them from text, `decode` leaves them out.
-    A tokenizer is picklable and does not change once made.
+    Special tokens have ids but no text: `encode` never produces them from text, `decode` leaves them out. Only
+    `encode_with_special` reads their names as tokens: it is for text that a chat template rendered, not for what a
+    user typed. A tokenizer is picklable and does not change once made.
     """
 
     kind: ClassVar[str]
     special: dict[str, int]
+    end_of_text_name: str | None = END_OF_TEXT
+    chat_template: str | None = None
+    """A Jinja template that writes a conversation as text (`sky_core.tokenizer.chat`); set it before training data is
+    made of it. It travels with the tokenizer's files and is not part of the fingerprint: it changes no id."""
 
     @property
     @abstractmethod
@@ -48,6 +57,13 @@ class Tokenizer(ABC):
         """Write the files that the component's `load` reads; `tokenizer.json`-style text, never a pickle."""
         write_tokenizer(self, folder)
 
+    def to_huggingface(self) -> dict[str, Any]:
+        """The content of a Hugging Face tokenizer.json with the same ids for the same text.
+
+        Raises `UserError` where that format cannot say exactly what this tokenizer does.
+        """
+        raise UserError(f"the tokenizer kind {self.kind!r} has no Hugging Face form; export one of another kind")
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
@@ -55,14 +71,68 @@ class Tokenizer(ABC):
         """Text of `ids`; bytes that are no valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that `token` stands for inside a text: with the space that a first token may lose in `decode`."""
+        return self.decode_bytes([token])
+
     def token_bytes(self) -> list[int]:
         """Number of UTF-8 bytes each id stands for, 0 for special tokens: nats per token become bits per byte."""
-        return [len(self.decode_bytes([i])) for i in range(self.vocab_size)]
+        return [len(self.piece_bytes(i)) for i in range(self.vocab_size)]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of `text`, in which the name of a special token is that token (of several that fit, the longest)."""
+        return [i for part in self._cut(text) for i in self._ids_of(part)]
+
+    def encode_spans(self, text: str) -> list[Span]:
+        """`encode_with_special` with the place of each token in `text.encode()`."""
+        spans: list[Span] = []
+        end = 0
+        for part in self._cut(text):
+            for i in self._ids_of(part):
+                start, end = end, end + (len(part.encode()) if part in self.special else len(self.piece_bytes(i)))
+                spans.append((i, start, end))
+        return spans
+
+    def _cut(self, text: str) -> list[str]:
+        """`text` in parts: the names of special tokens, and what is between them."""
+        return [part for part in self._special_names.split(text) if part] if self.special else [text]
+
+    def _ids_of(self, part: str) -> list[int]:
+        return [self.special[part]] if part in self.special else self.encode(part)
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, sorted(self.special, key=len, reverse=True)))})")
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The conversation as text; see `sky_core.tokenizer.chat.render_chat`."""
+        from sky_core.tokenizer.chat import render_chat
+
+        return render_chat(self, messages, **options)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The conversation as ids; see `sky_core.tokenizer.chat.encode_chat`."""
+        from sky_core.tokenizer.chat import encode_chat
+
+        return encode_chat(self, messages, **options)
 
     @property
     def end_of_text(self) -> int | None:
         """Id of the token between documents, None when the tokenizer has none."""
-        return self.special.get(END_OF_TEXT)
+        return None if self.end_of_text_name is None else self.special.get(self.end_of_text_name)
+
+    @property
+    def bos(self) -> int | None:
+        """Id of the token that begins a text, None when the tokenizer has none. `encode` does not add it."""
+        return None
+
+    @property
+    def prompt_prefix(self) -> tuple[int, ...]:
+        """Ids that belong in front of a prompt, because the models made with this tokenizer saw every text so.
+
+        `encode` gives the ids of the text alone; a rendered chat template writes the token itself.
+        """
+        return ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,10 +154,12 @@ class PieceTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls.from_dict(read_tokenizer(folder))
+        tokenizer = cls.from_dict(read_tokenizer(folder))
+        tokenizer.chat_template = read_chat_template(folder)
+        return tokenizer
 
-    def __reduce__(self) -> tuple[Callable[..., Self], tuple[dict[str, Any]]]:
-        return type(self).from_dict, (self.as_dict(),)
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[dict[str, Any]], dict[str, Any]]:
+        return type(self).from_dict, (self.as_dict(),), {"chat_template": self.chat_template}
 
     @property
     def vocab_size(self) -> int:
@@ -104,7 +176,8 @@ class PieceTokenizer(Tokenizer):
 class StreamDecoder:
     """Text of ids that arrive one by one: a character is given out once its last byte is there.
 
-    The parts joined are `tokenizer.decode` of all ids.
+    The parts joined are `tokenizer.decode` of all ids; where an imported tokenizer writes a space in front of every
+    text, the stream keeps the space that a continuation begins with.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -113,7 +186,7 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The characters that `token` completes, possibly none."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([token]))
+        return self._utf8.decode(self._tokenizer.piece_bytes(token))
 
     def finish(self) -> str:
         """U+FFFD for a character that never became complete, else nothing; the decoder starts afresh."""

@@ -199,6 +199,11 @@ class BpeTokenizer(PieceTokenizer):
         utf8(text)
         return list(chain.from_iterable(map(self._merged.__getitem__, split(self._compiled, text))))
 
+    def to_huggingface(self) -> dict[str, Any]:
+        from sky_core.tokenizer.huggingface_json import byte_level_bpe
+
+        return byte_level_bpe(self.pieces, self.merges, self.special, self._compiled.pattern)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,

@@ -20,6 +20,11 @@ class ByteTokenizer(PieceTokenizer):
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
 
+    def to_huggingface(self) -> dict[str, Any]:
+        from sky_core.tokenizer.huggingface_json import byte_level_bpe
+
+        return byte_level_bpe(self.pieces, [], self.special, None)
+
     def as_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "end_of_text": self.end_of_text is not None}
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sky_core.component import active_catalog, closest
 from sky_core.errors import DataError, PluginError
-from sky_core.files import write_json
+from sky_core.files import write_atomic, write_json
 
 if TYPE_CHECKING:
     from sky_core import slots
     from sky_core.tokenizer.base import Tokenizer
 
 FILE = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 FORMAT = "sky-tokenizer"
 VERSION = 1
 
@@ -33,11 +34,26 @@ def fingerprint_of(definition: Mapping[str, Any]) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `folder`/tokenizer.json in one step; the folder is made if it is not there."""
+    """Write `folder`/tokenizer.json in one step, and the chat template beside it; the folder is made if need be."""
     definition = tokenizer.as_dict()
     header = {"format": FORMAT, "version": VERSION, "fingerprint": fingerprint_of(definition)}
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer.chat_template is None:
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        write_atomic(folder / CHAT_TEMPLATE, tokenizer.chat_template)
     write_json(folder / FILE, {**header, **definition})
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template beside a tokenizer, None where there is none. Raises `DataError` when it is no text."""
+    path = folder / CHAT_TEMPLATE
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); restore it or delete it") from None
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:

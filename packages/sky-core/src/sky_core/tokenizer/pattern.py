@@ -5,6 +5,9 @@ gpt2      Radford et al. 2019, `encoder.py`: contractions, then runs of letters,
 gpt4      tiktoken's cl100k_base: contractions in any case, any one character (not only a space) before letters, at
           most three digits, line ends kept with what is before them.
 nanochat  gpt4 with at most two digits, which wastes fewer ids of a small vocabulary, and single line ends.
+llama3    Llama 3's, from its tokenizer.json: cuts as gpt4 does, written without possessive quantifiers.
+qwen2     Qwen 2 and 3: gpt4 with every digit alone.
+o200k     tiktoken's o200k_base (GPT-4o): words cut where lower case turns to upper, contractions kept with the word.
 
 Any other text is taken for a regular expression of the `regex` package.
 """
@@ -26,7 +29,25 @@ PATTERNS = {
         r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
         r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
     ),
+    "llama3": (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+        r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
+    "qwen2": (
+        r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+        r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
+    "o200k": (
+        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+        r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+        r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    ),
 }
+
+_OTHERWISE_IN_ONIGURUMA = regex.compile(
+    r"(?<!\\)(?:\\\\)*(?:\}\+|\^(?<!\[\^)|\$|&&|--|\|\||~~|\[\[|\\[mMKRXGNL<>]|\(\?(?!:|i:|=|!|<=|<!|>))"
+)
+"""What the engine of Hugging Face's tokenizers (Oniguruma, Ruby syntax) reads in another way than `regex`."""
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
@@ -58,3 +79,21 @@ def split(compiled: regex.Pattern[str], text: str) -> list[str]:
             "every character must match: end it with |(?s:.)"
         )
     return pieces
+
+
+def for_oniguruma(pattern: str) -> str:
+    """A regular expression that cuts in Oniguruma as `pattern` does here. Raises `UserError` when that is not certain.
+
+    There `{1,3}+` repeats what is possessive here, and `$` also stands before a line end: the patterns known by name
+    are written without, which changes no cut of theirs.
+    """
+    if pattern == PATTERNS["gpt4"]:
+        return PATTERNS["llama3"]
+    if pattern in PATTERNS.values():
+        return pattern.replace(r"\s++$", r"\s++\z")
+    if found := _OTHERWISE_IN_ONIGURUMA.search(pattern):
+        raise UserError(
+            f"the pattern {pattern!r} has {found[0]!r}, which Hugging Face's tokenizers read in another way; "
+            f"train the tokenizer with one of {', '.join(PATTERNS)}"
+        )
+    return pattern
