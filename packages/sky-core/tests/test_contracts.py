@@ -58,8 +58,39 @@ class TestFullWithNormedHeads(AttentionContract):
     softmax = False
 
 
+class TestFullAsInGemma(AttentionContract):
+    component = attention.Full(window=4, scale=0.3, softcap=2.0, bias=False, out_bias=True)
+    softmax = False
+
+    @staticmethod
+    def visible(t: int, s: int) -> bool:
+        return t - 4 < s <= t
+
+
+class TestFullWithValueEmbeddings(AttentionContract):
+    component = attention.Full(value_embedding=True)
+    softmax = False
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "value_gate")
+
+
 class TestPreNorm(BlockContract):
     component = layers.PreNorm()
+
+
+class TestPreNormWithScalars(BlockContract):
+    component = layers.PreNorm(residual_scalars=True)
+
+
+class TestReordered(BlockContract):
+    component = layers.Reordered()
+
+
+class TestSandwich(BlockContract):
+    component = layers.Sandwich()
+
+
+class TestParallel(BlockContract):
+    component = layers.Parallel()
 
 
 class TestPostNorm(BlockContract):
@@ -81,6 +112,10 @@ class TestAutoKernel(KernelContract):
 
 class TestGELU(FeedForwardContract):
     component = layers.GELU()
+
+
+class TestGEGLU(FeedForwardContract):
+    component = layers.GEGLU(approximate="tanh")
 
 
 class TestReLU(FeedForwardContract):
@@ -118,6 +153,14 @@ class TestNoPosition(PositionContract):
 class TestLayerNorm(NormContract):
     component = layers.LayerNorm()
     centred = True
+
+
+class TestRMSNormAroundZero(NormContract):
+    component = layers.RMSNorm(gain="zero")
+
+
+class TestRMSNormWithoutGain(NormContract):
+    component = layers.RMSNorm(gain="none")
 
 
 class TestRMSNorm(NormContract):

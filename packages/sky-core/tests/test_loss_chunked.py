@@ -26,18 +26,28 @@ def tensors(
     return hidden, weight, targets
 
 
-def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+def reference(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 @settings(deadline=None)  # the first call pays for torch
-@given(rows=st.integers(1, 25), ignored=st.sampled_from([0.0, 0.3, 0.9]), seed=st.integers(0, 20))
+@given(
+    rows=st.integers(1, 25),
+    ignored=st.sampled_from([0.0, 0.3, 0.9]),
+    softcap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 20),
+)
 def test_loss_and_gradients_equal_those_of_all_logits_for_every_chunk_size(
-    rows: int, ignored: float, seed: int
+    rows: int, ignored: float, softcap: float | None, seed: int
 ) -> None:
     hidden, weight, targets = tensors(ignored=ignored, dtype=torch.float64, seed=seed)
-    ours = linear_cross_entropy(hidden, weight, targets, chunk_bytes=rows * 4 * len(weight))
-    theirs = reference(hidden, weight, targets)
+    ours = linear_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_bytes=rows * 4 * len(weight))
+    theirs = reference(hidden, weight, targets, softcap)
     torch.testing.assert_close(ours, theirs)
     # A factor: the trainer divides the sum by the tokens of the whole step.
     for actual, expected in zip(

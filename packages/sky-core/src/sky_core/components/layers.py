@@ -18,12 +18,58 @@ class PreNorm(slots.Block):
     kind: ClassVar = "pre"
     paper: ClassVar = "arXiv:2002.04745"
 
+    residual_scalars: Annotated[
+        bool, Field(description="learn two numbers a layer: x becomes r x + s x0, x0 the embedding, before the block")
+    ] = False
+
     def build(
         self, spec: slots.LayerSpec, attention: nn.Module, feedforward: nn.Module, memory: nn.Module | None
     ) -> nn.Module:
         from sky_core.model.block import PreNormBlock
 
-        return PreNormBlock(spec, attention, feedforward, memory)
+        return PreNormBlock(spec, attention, feedforward, memory, self.residual_scalars)
+
+
+class Sandwich(slots.Block):
+    """Norms before and behind each residual branch, as in Gemma 2: x + norm(f(norm(x)))."""
+
+    kind: ClassVar = "sandwich"
+    paper: ClassVar = "arXiv:2408.00118"
+
+    def build(
+        self, spec: slots.LayerSpec, attention: nn.Module, feedforward: nn.Module, memory: nn.Module | None
+    ) -> nn.Module:
+        from sky_core.model.block import SandwichBlock
+
+        return SandwichBlock(spec, attention, feedforward, memory)
+
+
+class Reordered(slots.Block):
+    """Norms behind each residual branch, inside the sum, as in OLMo 2: x + norm(f(x))."""
+
+    kind: ClassVar = "reordered"
+    paper: ClassVar = "arXiv:2501.00656"
+
+    def build(
+        self, spec: slots.LayerSpec, attention: nn.Module, feedforward: nn.Module, memory: nn.Module | None
+    ) -> nn.Module:
+        from sky_core.model.block import ReorderedNormBlock
+
+        return ReorderedNormBlock(spec, attention, feedforward, memory)
+
+
+class Parallel(slots.Block):
+    """Attention and feed-forward part side by side, as in GPT-J and GPT-NeoX: x + attn(norm(x)) + mlp(norm'(x))."""
+
+    kind: ClassVar = "parallel"
+    paper: ClassVar = "arXiv:2204.06745"
+
+    def build(
+        self, spec: slots.LayerSpec, attention: nn.Module, feedforward: nn.Module, memory: nn.Module | None
+    ) -> nn.Module:
+        from sky_core.model.block import ParallelBlock
+
+        return ParallelBlock(spec, attention, feedforward, memory)
 
 
 class PostNorm(slots.Block):
@@ -90,19 +136,45 @@ class ReLU2(slots.FeedForward):
         return MLP(spec, self.d_ff or 4 * spec.d_model, relu2)
 
 
+GatedWidth = Annotated[
+    int | None, Field(ge=1, description="hidden units; null: 8/3 d_model, rounded up to a multiple of 64")
+]
+
+
 class SwiGLU(slots.FeedForward):
     """A gated feed-forward part: silu of one linear map times another, then a third."""
 
     kind: ClassVar = "swiglu"
     paper: ClassVar = "arXiv:2002.05202"
-    d_ff: Annotated[
-        int | None, Field(ge=1, description="hidden units; null: 8/3 d_model, rounded up to a multiple of 64")
-    ] = None
+    d_ff: GatedWidth = None
 
     def build(self, spec: slots.LayerSpec) -> nn.Module:
-        from sky_core.model.feedforward import GatedMLP
+        from torch.nn.functional import silu
 
-        return GatedMLP(spec, self.d_ff or -(-8 * spec.d_model // (3 * 64)) * 64)
+        from sky_core.model.feedforward import GatedMLP, gated_width
+
+        return GatedMLP(spec, self.d_ff or gated_width(spec.d_model), silu)
+
+
+class GEGLU(slots.FeedForward):
+    """SwiGLU with a GELU for the gate, as in Gemma."""
+
+    kind: ClassVar = "geglu"
+    paper: ClassVar = "arXiv:2002.05202"
+    implementation: ClassVar = "sky_core.model.feedforward:GatedMLP"
+    d_ff: GatedWidth = None
+    approximate: Annotated[
+        Literal["none", "tanh"], Field(description="tanh: the approximation that Gemma's weights were made with")
+    ] = "none"
+
+    def build(self, spec: slots.LayerSpec) -> nn.Module:
+        from functools import partial
+
+        from torch.nn.functional import gelu
+
+        from sky_core.model.feedforward import GatedMLP, gated_width
+
+        return GatedMLP(spec, self.d_ff or gated_width(spec.d_model), partial(gelu, approximate=self.approximate))
 
 
 class LayerNorm(slots.Norm):
@@ -125,8 +197,12 @@ class RMSNorm(slots.Norm):
     kind: ClassVar = "rmsnorm"
     paper: ClassVar = "arXiv:1910.07467"
     eps: Annotated[float, Field(gt=0, description="added to the mean square")] = 1e-6
+    gain: Annotated[
+        Literal["one", "zero", "none"],
+        Field(description="the gain is learned around one, as 1 + w around zero (Gemma), or there is none (nanochat)"),
+    ] = "one"
 
     def build(self, dim: int) -> nn.Module:
         from sky_core.model.norm import RMSNorm as Built
 
-        return Built(dim, self.eps)
+        return Built(dim, self.eps, self.gain)

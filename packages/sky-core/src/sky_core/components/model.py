@@ -8,11 +8,20 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sky_core import slots
-from sky_core.component import Slot, Tiled
+from sky_core.component import Schema, Slot, Tiled
 from sky_core.components.position import Rope, Sinusoidal
 
 if TYPE_CHECKING:
     from sky_core.model.decoder import DecoderLM
+
+
+class MuP(Schema):
+    """Maximal update parametrisation: learning rate and initialisation tuned at a base width serve at every width."""
+
+    base_d_model: Annotated[int, Field(ge=1, description="width that the hyper-parameters were tuned at")]
+    base_head_dim: Annotated[
+        int | None, Field(ge=1, description="width of a head there; null: heads keep their width")
+    ] = None
 
 
 class Decoder(slots.Model):
@@ -31,8 +40,19 @@ class Decoder(slots.Model):
     max_length: Annotated[int, Field(ge=1, description="the context: most tokens the model can look back on")] = 1024
     dropout: Annotated[float, Field(ge=0, lt=1, description="probability, on embeddings, weights and residuals")] = 0.0
     bias: Annotated[bool, Field(description="biases in the linear layers")] = False
+    vocab_size: Annotated[
+        int | None, Field(ge=1, description="rows of the embedding, the tokenizer's ids among them; null: just these")
+    ] = None
     tie_embeddings: Annotated[bool, Field(description="the head shares the weight of the embedding")] = True
+    scale_embeddings: Annotated[bool, Field(description="multiply embeddings by sqrt(d_model), as Gemma does")] = False
+    embedding_norm: Annotated[bool, Field(description="norm embeddings before the first layer, as BLOOM does")] = False
+    logit_softcap: Annotated[float | None, Field(gt=0, description="bound of the logits: c tanh(logit / c)")] = None
     initializer_range: Annotated[float, Field(gt=0, description="standard deviation of initial weights")] = 0.02
+    zero_residual: Annotated[
+        bool, Field(description="projections into the residual stream start at zero, not just smaller")
+    ] = False
+    mup: Annotated[MuP | None, Field(description="scale initialisation, rates and logits with the width")] = None
+    n_mtp: Annotated[int, Field(ge=0, description="modules that predict further tokens (objective: multi_token)")] = 0
     qk_norm: Annotated[
         Literal["head", "full"] | None, Field(description="norm queries and keys: each head, or all heads together")
     ] = None
@@ -62,6 +82,11 @@ class Decoder(slots.Model):
     def width_of_head(self) -> int:
         """`head_dim` as used."""
         return self.head_dim or self.d_model // self.n_head
+
+    @property
+    def width_ratio(self) -> float:
+        """muP's m, 1 without it."""
+        return 1.0 if self.mup is None else self.d_model / self.mup.base_d_model
 
     @model_validator(mode="after")
     def _fits_together(self) -> Decoder:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sky_core.tokenizer.base import Tokenizer
     from sky_core.training.callbacks import EarlyStop as BuiltEarlyStop
     from sky_core.training.engine import LocalEngine
+    from sky_core.training.objective import MultiToken as BuiltMultiToken
     from sky_core.training.objective import NextToken as BuiltNextToken
     from sky_core.training.trainer import Trainer
 
@@ -29,6 +30,22 @@ class NextToken(slots.Objective):
         from sky_core.training.objective import NextToken as Built
 
         return Built()
+
+
+class MultiToken(slots.Objective):
+    """Predict the next token and, with the model's `n_mtp` modules, those after it."""
+
+    kind: ClassVar = "multi_token"
+    paper: ClassVar = "arXiv:2412.19437"
+
+    weight: Annotated[
+        float, Field(gt=0, description="of the mean loss of the further tokens beside the next one's")
+    ] = 0.3
+
+    def build(self, run: Run, tokenizer: Tokenizer) -> BuiltMultiToken:
+        from sky_core.training.objective import MultiToken as Built
+
+        return Built(self.weight)
 
 
 class Local(slots.Engine):

@@ -5,14 +5,16 @@ is chosen in `sky_core.components.model.Decoder` and may differ from layer to la
 model in one file with every choice made.
 
 Names follow Hugging Face's Llama without its leading `model.`: `embed_tokens`, `layers.0.self_attn.q_proj`,
-`layers.0.mlp.up_proj`, `norm`, `lm_head` (absent when the head is tied to the embedding).
+`layers.0.mlp.up_proj`, `norm`, `lm_head` (absent when the head is tied to the embedding), `mtp.0` (multi-token
+prediction, `sky_core.model.mtp`).
 
 B batch, T time (tokens), D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sky_core.errors import UserError
 from sky_core.model import count
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
 from sky_core.model.init import init_weights
 from sky_core.model.language_model import LanguageModel
 from sky_core.model.loss import cross_entropy_of_head, linear_cross_entropy
+from sky_core.model.mtp import MultiTokenModule
+from sky_core.model.mup import attention_scale, lr_scale
 from sky_core.model.position import PositionEncoding
 from sky_core.slots import AttentionSpec, LayerSpec
 
@@ -39,41 +44,71 @@ class DecoderLM(LanguageModel):
 
     def __init__(self, config: Decoder, vocab_size: int) -> None:
         super().__init__()
+        rows = config.vocab_size or vocab_size
+        if rows < vocab_size:
+            raise UserError(
+                f"model.vocab_size: {rows} rows cannot hold the tokenizer's {vocab_size} ids; set {vocab_size} or more"
+            )
         self.config = config
-        self.vocab_size, self.max_length, self.n_layer = vocab_size, config.max_length, config.n_layer
+        self.vocab_size, self.max_length, self.n_layer, self.n_mtp = (
+            rows,
+            config.max_length,
+            config.n_layer,
+            config.n_mtp,
+        )
 
-        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
+        self.embed_tokens = nn.Embedding(rows, config.d_model)
+        self.embedding_norm = config.norm.build(config.d_model) if config.embedding_norm else None
         self.positions = nn.ModuleList(
-            position.build(config.d_model, config.width_of_head, config.max_length) for position in config.position
+            position.build(config.d_model, config.width_of_head, config.max_length, config.n_head)
+            for position in config.position
         )
         self.dropout = nn.Dropout(config.dropout)
         kernel = config.kernel.build()
-        layers, attentions, memories = [], [], []
-        for i in range(config.n_layer):
-            spec = self._layer_spec(i)
-            position = self.positions[i % len(self.positions)].in_layers()
-            attention = config.attention[i % len(config.attention)].build(
-                AttentionSpec(**vars(spec), position=position, kernel=kernel, qk_norm=config.qk_norm)
-            )
-            feedforward = config.feedforward[i % len(config.feedforward)].build(spec)
-            memory = config.memory[i % len(config.memory)]
-            memory = None if memory is None else memory.build(spec)
-            layers.append(config.block.build(spec, attention, feedforward, memory))
-            attentions.append(attention)
-            memories.append(memory)
-        self.layers = nn.ModuleList(layers)
+        built = [self._build_layer(i, kernel) for i in range(config.n_layer + config.n_mtp)]
+        self.layers = nn.ModuleList(block for block, _, _ in built[: config.n_layer])
         self.norm = config.norm.build(config.d_model) if config.block.final_norm else nn.Identity()
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.mtp = nn.ModuleList(
+            MultiTokenModule(self._layer_spec(i), built[i][0]) for i in range(config.n_layer, len(built))
+        )
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
         # Plain tuples: these modules are registered where they belong, inside their blocks.
-        self._attentions, self._memories = tuple(attentions), tuple(memories)
+        self._attentions, self._memories = tuple(one for _, one, _ in built), tuple(one for _, _, one in built)
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._compiled = False
-        init_weights(self, config.initializer_range, config.n_layer)
+        init_weights(
+            self,
+            config.initializer_range,
+            config.n_layer,
+            width_ratio=config.width_ratio,
+            zero_residual=config.zero_residual,
+        )
+
+    def _build_layer(
+        self, i: int, kernel: Callable[..., torch.Tensor]
+    ) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+        """(block, its attention, its memory) of layer `i`; parts are tiled over the depth."""
+        config, spec = self.config, self._layer_spec(i)
+        base = config.mup and config.mup.base_head_dim
+        attention = config.attention[i % len(config.attention)].build(
+            AttentionSpec(
+                **vars(spec),
+                position=self.positions[i % len(self.positions)].in_layers(),
+                kernel=kernel,
+                scale=attention_scale(spec.head_dim, base or spec.head_dim),
+                qk_norm=config.qk_norm,
+            )
+        )
+        feedforward = config.feedforward[i % len(config.feedforward)].build(spec)
+        part = config.memory[i % len(config.memory)]
+        memory = None if part is None else part.build(spec)
+        return config.block.build(spec, attention, feedforward, memory), attention, memory
 
     def _layer_spec(self, layer: int) -> LayerSpec:
         config = self.config
         return LayerSpec(
+            vocab_size=self.vocab_size,
             d_model=config.d_model,
             n_head=config.n_head,
             n_kv_head=config.n_kv_head or config.n_head,
@@ -83,7 +118,7 @@ class DecoderLM(LanguageModel):
             max_length=config.max_length,
             dropout=config.dropout,
             bias=config.bias,
-            initializer_range=config.initializer_range,
+            initializer_range=config.initializer_range / config.width_ratio**0.5,
             norm=config.norm.build,
         )
 
@@ -110,59 +145,121 @@ class DecoderLM(LanguageModel):
         )
         for hook in self.context_hooks:
             hook(ctx)
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         for position in self.positions:
             x_BTD = position.embed(x_BTD, ctx)
         x_BTD = self.dropout(x_BTD)
-        for encoding in self._encodings:
-            encoding.prepare(ctx)
-
         states = [x_BTD]
         if collect is not None and "attention" in collect:
             collect["attention"] = {}
-        recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        # Each step of decoding has another shape, and compiling it would cost far more than it saves.
-        eager = self._compiled and cache is not None
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        with self._pass(ctx, x_BTD):
             for layer in self.layers:
-                x_BTD = self._recomputed(layer, x_BTD, ctx) if recompute else layer(x_BTD, ctx)
+                x_BTD = self._run(layer, ctx, x_BTD)
                 if collect is not None and "hidden_states" in collect:
                     states.append(x_BTD)
-        if collect is not None:
-            collect["losses"] = ctx.losses
-            if "hidden_states" in collect:
-                collect["hidden_states"] = states
-        if cache is not None:
-            batch, time = tokens_BT.shape
-            cache.advance([time] * batch if valid_BT is None else valid_BT.sum(1).tolist())
+        if collect is not None and "hidden_states" in collect:
+            collect["hidden_states"] = states
         return self.norm(x_BTD)
 
-    def _recomputed(self, layer: nn.Module, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
-        """`layer(x_BTD, ctx)` that keeps only its input; the second run must not add its losses a second time."""
+    def mtp_hidden(
+        self,
+        depth: int,
+        hidden_BTD: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        *,
+        positions_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+        valid_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        collect: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        ctx = Context.begin(
+            tokens_BT,
+            self.max_length,
+            positions_BT=positions_BT,
+            documents_BT=documents_BT,
+            valid_BT=valid_BT,
+            cache=cache,
+            collect=collect,
+        )
+        embedding_BTD = self._embed(tokens_BT)
+        with self._pass(ctx, embedding_BTD):
+            return self._run(self.mtp[depth], ctx, hidden_BTD, embedding_BTD)
 
-        def run(x_BTD: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.scale_embeddings:
+            x_BTD = x_BTD * torch.tensor(self.config.d_model**0.5, dtype=x_BTD.dtype)
+        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+
+    @contextmanager
+    def _pass(self, ctx: Context, embedding_BTD: torch.Tensor) -> Iterator[None]:
+        """What stands around the layers of every pass: shared tables before, reported losses and the cache behind."""
+        ctx.embedding_BTD = embedding_BTD
+        for encoding in self._encodings:
+            encoding.prepare(ctx)
+        # Each step of decoding has another shape, and compiling it would cost far more than it saves.
+        eager = self._compiled and ctx.cache is not None
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            yield
+        if ctx.collect is not None:
+            losses = ctx.collect.setdefault("losses", {})
+            for name, value in ctx.losses.items():
+                losses[name] = losses[name] + value if name in losses else value
+        if ctx.cache is not None:
+            batch, time = ctx.tokens_BT.shape
+            ctx.cache.advance([time] * batch if ctx.valid_BT is None else ctx.valid_BT.sum(1).tolist())
+
+    def _run(self, module: nn.Module, ctx: Context, *inputs: torch.Tensor) -> torch.Tensor:
+        """`module(*inputs, ctx)`, kept or computed again in the backward pass."""
+        if self.activation_checkpointing and ctx.cache is None and torch.is_grad_enabled():
+            return self._recomputed(module, ctx, *inputs)
+        return module(*inputs, ctx)
+
+    def _recomputed(self, module: nn.Module, ctx: Context, *inputs: torch.Tensor) -> torch.Tensor:
+        """`module(*inputs, ctx)` that keeps only its inputs; the second run must not add its losses a second time."""
+
+        def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             own = replace(ctx, losses={})
-            return layer(x_BTD, own), own.losses
+            return module(*inputs, own), own.losses
 
-        x_BTD, losses = checkpoint(run, x_BTD, use_reentrant=False)
+        x_BTD, losses = checkpoint(run, *inputs, use_reentrant=False)
         for name, value in losses.items():
             ctx.add_loss(name, value)
         return x_BTD
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        hidden_BTD = self._scaled(hidden_BTD)
         if self.lm_head is None:
-            return F.linear(hidden_BTD, self.embed_tokens.weight)
-        return self.lm_head(hidden_BTD)
+            logits_BTV = F.linear(hidden_BTD, self.embed_tokens.weight)
+        else:
+            logits_BTV = self.lm_head(hidden_BTD)
+        cap = self.config.logit_softcap
+        return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
 
     def nll(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         if self.lm_head is not None and self.lm_head._forward_hooks:
             # An adapter sits on the head: its output, not its weight, gives the logits.
-            return cross_entropy_of_head(self.lm_head, self.vocab_size, hidden_BTD, targets_BT)
+            return cross_entropy_of_head(self.logits, self.vocab_size, hidden_BTD, targets_BT)
         weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT)
+        cap = self.config.logit_softcap
+        return linear_cross_entropy(self._scaled(hidden_BTD), weight_VD, targets_BT, softcap=cap)
+
+    def _scaled(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """What the head reads: muP divides the logits by the width ratio."""
+        return hidden_BTD if self.config.mup is None else hidden_BTD / self.config.width_ratio
+
+    def lr_scale(self) -> dict[str, float]:
+        return {} if self.config.mup is None else lr_scale(self, self.config.width_ratio)
 
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """As `LanguageModel.new_cache`; in the dtype of the autocast that is on, else of the weights."""
+        return self._new_cache(range(self.n_layer), batch, max_length)
+
+    def new_mtp_cache(self, depth: int, batch: int, max_length: int | None = None) -> Cache:
+        return self._new_cache([self.n_layer + depth], batch, max_length)
+
+    def _new_cache(self, which: Collection[int], batch: int, max_length: int | None) -> Cache:
         length = self.max_length if max_length is None else max_length
         if length > self.max_length:
             raise ValueError(f"a cache of {length} tokens, but the model's context is max_length={self.max_length}")
@@ -170,22 +267,25 @@ class DecoderLM(LanguageModel):
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         layers, memories = (
-            [module and module.new_cache(batch, length, weight.device, dtype) for module in modules]
+            [
+                module.new_cache(batch, length, weight.device, dtype) if module is not None and i in which else None
+                for i, module in enumerate(modules[: max(which) + 1])
+            ]
             for modules in (self._attentions, self._memories)
         )
         return Cache([0] * batch, length, layers, memories)
 
     def compile_layers(self, **options: Any) -> None:
-        for layer in self.layers:
+        for layer in [*self.layers, *self.mtp]:
             layer.compile(**options)
         self._compiled = True
 
     def n_parameters(self) -> dict[str, int]:
-        head = [] if self.lm_head is None else [self.lm_head]
-        return count.n_parameters(self, [self.embed_tokens, *self.positions, *head])
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        return count.n_parameters(self, [*tables, *self.positions, *([] if self.lm_head is None else [self.lm_head])])
 
     def flops_per_token(self, sequence_length: int) -> float:
         config = self.config
-        head = self.vocab_size * config.d_model
-        shape = (config.n_layer, config.n_head, config.width_of_head)
+        head = self.vocab_size * config.d_model * (1 + config.n_mtp)
+        shape = (config.n_layer + config.n_mtp, config.n_head, config.width_of_head)
         return count.flops_per_token(self.n_parameters()["body"], head, *shape, sequence_length)

@@ -29,6 +29,8 @@ class LanguageModel(nn.Module, ABC):
     vocab_size: int
     max_length: int
     n_layer: int
+    n_mtp: int = 0
+    """Modules that predict the token after the next and so on (`mtp_hidden`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,18 +88,45 @@ class LanguageModel(nn.Module, ABC):
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
         """Empty state for incremental decoding of up to `max_length` (default: the model's) tokens per row."""
 
+    def mtp_hidden(
+        self,
+        depth: int,
+        hidden_BTD: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        *,
+        positions_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+        valid_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        collect: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states for the head that predict the token `depth + 2` ahead of each position (depth 0..n_mtp - 1).
+
+        `hidden_BTD` is what `hidden` (for depth 0) or depth - 1 gave at these positions, `tokens_BT` the tokens
+        depth + 1 further on. `cache` comes from `new_mtp_cache(depth, ...)`; other options as for `hidden`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no modules of multi-token prediction")
+
+    def new_mtp_cache(self, depth: int, batch: int, max_length: int | None = None) -> Cache:
+        """Empty state for `mtp_hidden` at that depth."""
+        raise NotImplementedError(f"{type(self).__name__} has no modules of multi-token prediction")
+
+    def lr_scale(self) -> dict[str, float]:
+        """Parameter name -> factor of Adam's learning rate, where it is not 1 (muP)."""
+        return {}
+
+    @abstractmethod
     def compile_layers(self, **options: Any) -> None:
         """Compile each layer in place with `torch.compile(**options)`; names of parameters stay as they are.
 
         Passes with a cache run uncompiled.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def n_parameters(self) -> dict[str, int]:
         """{"total", "embedding", "body"}: distinct parameters; embeddings are tables indexed by token or position,
         an untied head counts as embedding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs per token: 6 per matrix parameter used, plus attention's share at this length."""
-        raise NotImplementedError

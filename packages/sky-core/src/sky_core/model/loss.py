@@ -8,7 +8,8 @@ With logits z_n = W h_n and p_n = softmax(z_n), the summed loss over tokens that
 The loss is a sum and the last operation of a step, so its gradients are known up to one scalar factor: they are made
 in the forward pass, chunk by chunk, and the logits of a chunk are gone before the next (Wijmans et al. 2024, Cut your
 losses, arXiv:2411.09009, section 3, and Hsu et al. 2024, Liger Kernel, arXiv:2410.10989, section 3.2, do this fused on
-a GPU). Memory: N D + V D numbers for the gradients and one chunk of logits, instead of 2 N V.
+a GPU). A cap on the logits (Gemma 2, arXiv:2408.00118, section 2) multiplies dloss/dz by its slope 1 - tanh²(z / c).
+Memory: N D + V D numbers for the gradients and one chunk of logits, instead of 2 N V.
 
 N tokens, D model width, V vocabulary, C tokens of a chunk.
 """
@@ -30,10 +31,15 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight_VD: torch.Tensor, targets: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES
+    hidden: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """Summed negative log-likelihood (nats, an fp32 scalar) of `targets` (...) under softmax(W h), h from `hidden`
-    (..., D); targets equal to IGNORE are left out.
+    """Summed negative log-likelihood (nats, an fp32 scalar) of `targets` (...) under softmax(cap(W h)), h from `hidden`
+    (..., D); targets equal to IGNORE are left out. `softcap` c bounds the logits: cap(z) = c tanh(z / c).
 
     Under autocast the products run in its dtype, as those of a linear layer would; softmax and sums in fp32.
     """
@@ -42,7 +48,7 @@ def linear_cross_entropy(
     rows = _chunk_rows(len(weight_VD), chunk_bytes)
     gradients = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight_VD, targets.flatten(), rows, dtype, gradients
+        hidden.flatten(0, -2), weight_VD, targets.flatten(), softcap, rows, dtype, gradients
     )
     return loss
 
@@ -76,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
+        softcap: float | None,
         rows: int,
         dtype: torch.dtype,
         gradients: bool,
@@ -92,12 +99,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ignored_C1 = (y_C == IGNORE)[:, None]
             y_C1 = y_C[:, None].masked_fill(ignored_C1, 0)
             z_CV = h_CD @ w_VD.T
+            if softcap is not None:
+                tanh_CV = (z_CV.to(wide) / softcap).tanh_()
+                z_CV = tanh_CV * softcap
             logp_CV = F.log_softmax(z_CV, dim=-1, dtype=wide)
             total -= logp_CV.gather(1, y_C1).masked_fill_(ignored_C1, 0.0).sum()
             if not (wants_hidden or wants_weight):
                 continue
             dz_CV = logp_CV.exp_()
             dz_CV.scatter_add_(1, y_C1, torch.full_like(y_C1, -1, dtype=dz_CV.dtype))
+            if softcap is not None:
+                dz_CV.mul_(1 - tanh_CV.square())
             dz_CV = dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
             if dh_ND is not None:
                 dh_ND[start : start + rows] = dz_CV @ w_VD
@@ -111,4 +123,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dh_ND, dw_VD = (None if gradient is None else gradient * factor for gradient in ctx.gradients)
-        return dh_ND, dw_VD, None, None, None, None
+        return dh_ND, dw_VD, None, None, None, None, None

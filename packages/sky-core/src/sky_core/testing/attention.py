@@ -60,7 +60,7 @@ class AttentionContract(ComponentContract):
         """The layer under test with random weights, in evaluation mode."""
         changes = self.spec | changes
         head_dim = changes.get("head_dim", 8)
-        position = component("position", changes.pop("position", self.position)).build(32, head_dim, 32)
+        position = component("position", changes.pop("position", self.position)).build(32, head_dim, 32, 4)
         return shaken(fresh(self.component.build, attention_spec(position.in_layers(), **changes)))
 
     @staticmethod

@@ -49,12 +49,17 @@ def dense_kernel(
     *,
     scale: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax(scale QKᵀ + mask) V written down: the oracle of kernels, and the kernel that layers are tested with."""
     repeats = q_BHTE.shape[1] // k_BGSE.shape[1]
     k_BHSE, v_BHSF = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSE, v_BGSF))
     scores_BHTS = q_BHTE @ k_BHSE.mT * (scale if scale is not None else q_BHTE.shape[-1] ** -0.5)
-    allowed = mask.dense(q_BHTE.shape[2], k_BGSE.shape[2], q_BHTE.device)
+    if softcap is not None:
+        scores_BHTS = softcap * (scores_BHTS / softcap).tanh()
+    shape = (q_BHTE.shape[2], k_BGSE.shape[2], q_BHTE.device)
+    allowed, bias_BHTS = mask.dense(*shape), mask.bias(*shape)
+    scores_BHTS = scores_BHTS if bias_BHTS is None else scores_BHTS + bias_BHTS
     weights_BHTS = scores_BHTS.masked_fill(~allowed, -math.inf).softmax(dim=-1)
     return nn.functional.dropout(weights_BHTS, dropout) @ v_BHSF
 
@@ -166,7 +171,9 @@ def context(
     `counts` are the real tokens of right-padded rows, `prefix` the key/value pairs of the tested layer.
     """
     valid_BT = None if counts is None else torch.arange(tokens) < torch.tensor(counts)[:, None]
-    ctx = Context.begin(torch.zeros(batch, tokens, dtype=torch.long), 32, valid_BT=valid_BT, **options)
+    tokens_BT = torch.zeros(batch, tokens, dtype=torch.long)
+    ctx = Context.begin(tokens_BT, _SPEC["max_length"], valid_BT=valid_BT, **options)
+    ctx.embedding_BTD = noise(batch, tokens, _SPEC["d_model"], seed=7)
     if prefix is not None:
         ctx.prefixes[LAYER] = prefix
     return ctx
