@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sky_core.components.attention import Auto
-from sky_core.model.kernels import attention_weights, naive, sdpa
+from sky_core.model.kernels import attention_weights, auto, choose, naive, sdpa
 from sky_core.model.mask import Mask
 
 KERNELS = pytest.mark.parametrize("kernel", [naive, sdpa])
@@ -154,7 +154,10 @@ def test_sdpa_takes_the_fused_path(dropout: float) -> None:
     assert ("flash_attention" in called) == (dropout == 0.0)
 
 
-def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+    choose.cache_clear()
     with caplog.at_level("INFO", logger="sky_core"):
-        assert Auto().build() is sdpa
-    assert caplog.messages == ["attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention)"]
+        assert Auto().build() is Auto().build() is auto
+    assert caplog.messages == [
+        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention), naive for capped scores"
+    ]

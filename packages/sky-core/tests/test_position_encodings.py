@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sky_core.components.position import Learned, NoPosition, Rope, Sinusoidal
 from sky_core.model.context import Context
 from sky_core.model.mask import Mask
-from sky_core.model.position import RotaryPosition
+from sky_core.model.rope import RotaryPosition
 
 
 def at(*positions: int) -> Context:
     """A pass over one row with these positions."""
-    return Context(positions_BT=torch.tensor([positions]), mask=Mask(), end=len(positions))
+    return Context(torch.tensor([positions]), positions_BT=torch.tensor([positions]), mask=Mask(), end=len(positions))
 
 
 def turned(x: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tensor:
@@ -34,7 +34,7 @@ def turned(x: torch.Tensor, position: int, theta: float = 10000.0) -> torch.Tens
 @given(positions=st.lists(st.integers(0, 5000), min_size=1, max_size=5), theta=st.sampled_from([100.0, 10000.0, 5e5]))
 def test_rope_turns_each_plane_by_its_angle(positions: list[int], theta: float) -> None:
     q, k = torch.randn(1, 3, len(positions), 8), torch.randn(1, 1, len(positions), 8)
-    rope = Rope(theta=theta).build(24, 8, 10_000)
+    rope = Rope(theta=theta).build(24, 8, 10_000, 3)
     for actual, x in zip(rope.rotate(q, k, at(*positions)), (q, k), strict=True):
         expected = torch.stack([turned(x[:, :, t], position, theta) for t, position in enumerate(positions)], dim=2)
         # An angle of 5000 radians is known to 5000 * 6e-8 = 3e-4 in fp32.
@@ -57,7 +57,9 @@ def test_rope_keeps_the_dtype_and_tables_stay_fp32() -> None:
     q, _ = rope.rotate(torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 1, 3, 8).bfloat16(), ctx)
     assert q.dtype == torch.bfloat16
     assert {table.dtype for table in ctx.tables[rope.name]} == {torch.float32}
-    assert not list(rope.bfloat16().buffers())  # nothing that a cast of the model could spoil
+    exact = rope.frequencies_F.clone()
+    assert torch.equal(rope.bfloat16().double().frequencies_F, exact)
+    assert not rope.state_dict()
 
 
 def test_rope_tables_are_made_once_per_pass() -> None:
@@ -72,7 +74,7 @@ def test_rope_tables_are_made_once_per_pass() -> None:
 
 def test_sinusoids_are_those_of_the_paper() -> None:
     x_BTD, positions = torch.randn(2, 3, 6), (0, 4, 90)
-    actual = Sinusoidal().build(6, 3, 100).embed(x_BTD, at(*positions))
+    actual = Sinusoidal().build(6, 3, 100, 2).embed(x_BTD, at(*positions))
     wave = [
         [(math.sin if d % 2 == 0 else math.cos)(t / 10000 ** (2 * (d // 2) / 6)) for d in range(6)] for t in positions
     ]
@@ -80,7 +82,7 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 
 
 def test_learned_positions_add_their_row() -> None:
-    learned = Learned().build(6, 3, 10)
+    learned = Learned().build(6, 3, 10, 2)
     torch.nn.init.normal_(learned.embed_positions.weight)
     x_BTD = torch.randn(2, 3, 6)
     assert torch.equal(learned.embed(x_BTD, at(7, 0, 7)), x_BTD + learned.embed_positions.weight[[7, 0, 7]])
@@ -88,7 +90,7 @@ def test_learned_positions_add_their_row() -> None:
 
 @pytest.mark.parametrize("component", [Learned(), Sinusoidal(), NoPosition()])
 def test_encodings_of_the_embedding_leave_queries_and_keys_alone(component) -> None:
-    in_layers = component.build(8, 4, 10).in_layers()
+    in_layers = component.build(8, 4, 10, 2).in_layers()
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4)
     assert all(a is b for a, b in zip(in_layers.rotate(q, k, at(0, 1, 2)), (q, k), strict=True))
     assert not list(in_layers.parameters())
@@ -97,4 +99,4 @@ def test_encodings_of_the_embedding_leave_queries_and_keys_alone(component) -> N
 @pytest.mark.parametrize("component", [Rope(), NoPosition()])
 def test_encodings_of_the_layers_leave_the_embedding_alone(component) -> None:
     x_BTD = torch.randn(1, 3, 8)
-    assert component.build(8, 4, 10).embed(x_BTD, at(0, 1, 2)) is x_BTD
+    assert component.build(8, 4, 10, 2).embed(x_BTD, at(0, 1, 2)) is x_BTD

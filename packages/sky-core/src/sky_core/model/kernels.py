@@ -2,15 +2,18 @@
 
     naive   the equation as it stands: holds the weights, runs anywhere, the one to read and to differentiate by hand
     sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash)
+    auto    sdpa, and naive where sdpa has no way (scores with a soft cap)
 
 Relative to the paper: H query heads may share G key/value heads (Ainslie et al. 2023, grouped queries; head h reads
-group h // (H / G)), a query that may see no key gives 0 instead of NaN, and softmax runs in at least fp32.
+group h // (H / G)), a query that may see no key gives 0 instead of NaN, and softmax runs in at least fp32. Scores may
+be bounded softly, c tanh(score / c) (Gemma 2, arXiv:2408.00118, section 2), then what `Mask.bias` says is added.
 
 B batch, H query heads, G key/value heads, R = H / G, T queries, S keys, E width of q and k, F width of v.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from sky_core.errors import UserError
 from sky_core.model.mask import Mask
 
 log = logging.getLogger(__name__)
@@ -28,44 +32,77 @@ def dense_mask(mask: Mask, queries: int, keys: int, device: torch.device) -> tor
     return mask.once(("dense", queries, keys), lambda: mask.dense(queries, keys, device))
 
 
-def attention_weights(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, mask: Mask, *, scale: float) -> torch.Tensor:
+def score_bias(mask: Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+    """`mask.bias(...)`, computed once per forward pass."""
+    return mask.once(("bias", queries, keys), lambda: mask.bias(queries, keys, device))
+
+
+def attention_weights(
+    q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, mask: Mask, *, scale: float, softcap: float | None = None
+) -> torch.Tensor:
     """a_BHTS = softmax(scale QKᵀ) under the mask, at least fp32; rows sum to 1, or to 0 where nothing may be seen."""
+    queries, keys = q_BHTE.shape[2], k_BGSE.shape[2]
     q_BGRTE = rearrange(q_BHTE, "B (G R) T E -> B G R T E", G=k_BGSE.shape[1])
     scores_BHTS = (q_BGRTE @ k_BGSE[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
     if scores_BHTS.dtype in (torch.bfloat16, torch.float16):
         scores_BHTS = scores_BHTS.float()
-    hidden = ~dense_mask(mask, q_BHTE.shape[2], k_BGSE.shape[2], scores_BHTS.device)
+    if softcap is not None:
+        scores_BHTS = softcap * (scores_BHTS / softcap).tanh()
+    bias_BHTS = score_bias(mask, queries, keys, scores_BHTS.device)
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    hidden = ~dense_mask(mask, queries, keys, scores_BHTS.device)
     # The lowest finite number, not -inf: a row with nothing to see must have finite gradients too.
     scores_BHTS = scores_BHTS.masked_fill(hidden, torch.finfo(scores_BHTS.dtype).min)
     return scores_BHTS.softmax(dim=-1).masked_fill(hidden, 0.0)
 
 
 def naive(
-    q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, *, scale: float, dropout: float = 0.0
+    q_BHTE: torch.Tensor,
+    k_BGSE: torch.Tensor,
+    v_BGSF: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """y_BHTF by the equation; `dropout` acts on the weights."""
-    a_BHTS = F.dropout(attention_weights(q_BHTE, k_BGSE, mask, scale=scale), dropout).to(v_BGSF.dtype)
-    a_BGRTS = rearrange(a_BHTS, "B (G R) T S -> B G R T S", G=v_BGSF.shape[1])
+    weights_BHTS = attention_weights(q_BHTE, k_BGSE, mask, scale=scale, softcap=softcap)
+    a_BGRTS = rearrange(
+        F.dropout(weights_BHTS, dropout).to(v_BGSF.dtype), "B (G R) T S -> B G R T S", G=v_BGSF.shape[1]
+    )
     return (a_BGRTS @ v_BGSF[:, :, None]).flatten(1, 2)
 
 
 def sdpa(
-    q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, *, scale: float, dropout: float = 0.0
+    q_BHTE: torch.Tensor,
+    k_BGSE: torch.Tensor,
+    v_BGSF: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """y_BHTF by torch's fused attention."""
+    """y_BHTF by torch's fused attention. Raises `UserError` for a `softcap`, which that has no way to apply."""
+    if softcap is not None:
+        raise UserError("kernel sdpa cannot cap scores (softcap): use kernel: naive or auto")
     heads, groups = q_BHTE.shape[1], k_BGSE.shape[1]
-    queries, keys = q_BHTE.shape[2], k_BGSE.shape[2]
+    queries = q_BHTE.shape[2]
     row_ends = mask.slots_BT is None and mask.keys_BS is None
     if queries == 1 and row_ends and not mask.front and mask.documents_BS is None:
         # One new token at the end of its row sees everything, or its window: cut the keys instead of masking them.
         if mask.window is not None:
             k_BGSE, v_BGSF = k_BGSE[:, :, -mask.window :], v_BGSF[:, :, -mask.window :]
-        bias, is_causal = None, False
+        bias, is_causal = _additive(mask, 1, k_BGSE.shape[2], q_BHTE, masked=False), False
     else:
-        bias, is_causal = _lowered(mask, queries, keys, q_BHTE)
+        bias, is_causal = _lowered(mask, queries, k_BGSE.shape[2], q_BHTE)
     if queries == 1 and groups < heads:
         # A group's queries become rows over the keys they share: half the time of enable_gqa when decoding.
         q_BGRE = q_BHTE.view(len(q_BHTE), groups, heads // groups, -1)
+        if bias is not None and bias.shape[1] == heads:
+            bias = bias.view(len(bias), groups, heads // groups, -1)
         y_BGRF = F.scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSF, bias, dropout, is_causal, scale=scale)
         return y_BGRF.view(len(q_BHTE), heads, 1, -1)
     return F.scaled_dot_product_attention(
@@ -77,17 +114,47 @@ def _lowered(mask: Mask, queries: int, keys: int, like: torch.Tensor) -> tuple[t
     """(additive mask or None, is_causal) for torch. `is_causal` counts from the first key: right only when T == S."""
     if mask.is_plain_causal and queries == keys:
         return None, True
-    if not mask.causal and mask.window is None and mask.documents_BS is None and mask.keys_BS is None:
-        return None, False
+    everything = not mask.causal and mask.window is None and mask.documents_BS is None and mask.keys_BS is None
+    return _additive(mask, queries, keys, like, masked=not everything), False
+
+
+def _additive(mask: Mask, queries: int, keys: int, like: torch.Tensor, *, masked: bool) -> torch.Tensor | None:
+    """What torch adds to the scores: the bias of the mask and, where `masked`, -inf for what may not be seen."""
+    if not masked and mask.slopes_H is None:
+        return None
+    # CUDA wants the dtype of q: far away, bf16 rounds a bias of -b by up to b / 256.
+    dtype = like.dtype if like.dtype == torch.float64 or like.device.type == "cuda" else torch.float32
 
     def additive() -> torch.Tensor:
+        bias = score_bias(mask, queries, keys, like.device)
+        if not masked:
+            assert bias is not None
+            return bias.to(dtype)
         allowed = dense_mask(mask, queries, keys, like.device)
-        return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, -torch.inf)
+        bias = torch.zeros_like(allowed, dtype=dtype) if bias is None else bias.to(dtype)
+        return bias.masked_fill(~allowed, -torch.inf)
 
-    return mask.once(("additive", queries, keys, like.dtype), additive), False
+    return mask.once(("additive", queries, keys, dtype, masked), additive)
 
 
+def auto(
+    q_BHTE: torch.Tensor,
+    k_BGSE: torch.Tensor,
+    v_BGSF: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """y_BHTF by the fastest kernel of core that can do it."""
+    if softcap is None:
+        return sdpa(q_BHTE, k_BGSE, v_BGSF, mask, scale=scale, dropout=dropout)
+    return naive(q_BHTE, k_BGSE, v_BGSF, mask, scale=scale, dropout=dropout, softcap=softcap)
+
+
+@functools.cache
 def choose() -> Callable[..., torch.Tensor]:
-    """The kernel `auto` stands for; says in the log which it is."""
-    log.info("attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention)")
-    return sdpa
+    """The kernel `auto` stands for; says in the log, once in a process, what it takes."""
+    log.info("attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention), naive for capped scores")
+    return auto

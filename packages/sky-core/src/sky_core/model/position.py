@@ -1,26 +1,27 @@
-"""How a model knows the order of tokens: at the embedding (`embed`) or inside every attention layer (`rotate`).
+"""How a model knows the order of tokens: at the embedding (`embed`), in queries and keys (`rotate`) or in the scores
+of attention (`mask`).
 
     learned      x_t + P[t], P a trained table (GPT-2)
     sinusoidal   sqrt(D) x_t + s_t, s_t[2i] = sin(t / 10000^(2i/D)), s_t[2i+1] = cos(t / 10000^(2i/D))
                  (Vaswani et al. 2017, sections 3.4 and 3.5)
-    rope         q_t and k_t turned by the angle t theta^(-2i/E) in plane i, so that q_t · k_s depends on t - s only
-                 (Su et al. 2021, arXiv:2104.09864, equation 34)
     none         the causal mask alone (Kazemnejad et al. 2023, arXiv:2305.19466)
+    rope         `sky_core.model.rope`: q and k are turned
+    alibi        `sky_core.model.alibi`: scores fall with the distance
 
-Relative to the RoPE paper: plane i is the pair (i, i + E/2), not (2i, 2i + 1): the half-split convention of
-Hugging Face checkpoints. The two differ by a permutation of the rows of q_proj and k_proj.
-
-B batch (1 where all rows share their positions), H heads, T time, D model width, E width of a head.
+B batch (1 where all rows share their positions), H heads, T time, D model width, E width of a head, F waves.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from sky_core.model.context import Context
+from sky_core.model.mask import Mask
 
 
 class PositionEncoding(nn.Module):
@@ -37,10 +38,25 @@ class PositionEncoding(nn.Module):
         """Queries and keys with the order in them; called by every attention layer (H may differ between the two)."""
         return q_BHTE, k_BHTE
 
+    def mask(self, mask: Mask) -> Mask:
+        """The mask with the order in it; called by every attention layer."""
+        return mask
+
     def in_layers(self) -> PositionEncoding:
         """What attention layers hold: this encoding when it acts there, else one that does nothing (a table of the
         embedding must not become a parameter of every layer)."""
         return PositionEncoding()
+
+
+class LayerEncoding(PositionEncoding):
+    """Acts in attention layers. Its buffers are fp32 constants: they move with the model, casts do not round them."""
+
+    def in_layers(self) -> PositionEncoding:
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Casts of a model leave integers alone, so the constants pass as their bits.
+        return super()._apply(lambda tensor: fn(tensor.view(torch.int32)).view(torch.float32), recurse)
 
 
 class LearnedPosition(PositionEncoding):
@@ -62,41 +78,7 @@ class SinusoidalPosition(PositionEncoding):
         self.d_model = d_model
 
     def embed(self, x_BTD: torch.Tensor, ctx: Context) -> torch.Tensor:
-        angle_BTF = _angles(ctx.positions_BT, self.d_model, 10000.0)
+        exponents_F = torch.arange(0, self.d_model, 2, device=x_BTD.device).float() / self.d_model
+        angle_BTF = ctx.positions_BT[:, :, None].float() / 10000.0**exponents_F
         wave_BTD = torch.stack((angle_BTF.sin(), angle_BTF.cos()), dim=-1).flatten(-2)
         return x_BTD * math.sqrt(self.d_model) + wave_BTD.to(x_BTD.dtype)
-
-
-class RotaryPosition(PositionEncoding):
-    """Rotary position embedding; the tables are fp32 and made once per forward pass."""
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-        self.name = f"rope-{head_dim}-{theta}"
-
-    def in_layers(self) -> PositionEncoding:
-        return self
-
-    def prepare(self, ctx: Context) -> None:
-        if self.name not in ctx.tables:
-            angle_B1TF = _angles(ctx.positions_BT, self.head_dim, self.theta)[:, None]
-            ctx.tables[self.name] = (angle_B1TF.cos(), angle_B1TF.sin())
-
-    def rotate(self, q_BHTE: torch.Tensor, k_BHTE: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        self.prepare(ctx)
-        cos_B1TF, sin_B1TF = ctx.tables[self.name]
-        return _turn(q_BHTE, cos_B1TF, sin_B1TF), _turn(k_BHTE, cos_B1TF, sin_B1TF)
-
-
-def _angles(positions_BT: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
-    """angle[b, t, i] = positions_BT[b, t] * theta^(-2i/dim) in fp32, i < dim / 2."""
-    exponents_F = torch.arange(0, dim, 2, device=positions_BT.device).float() / dim
-    return positions_BT[:, :, None].float() * (1.0 / theta**exponents_F)
-
-
-def _turn(x_BHTE: torch.Tensor, cos_B1TF: torch.Tensor, sin_B1TF: torch.Tensor) -> torch.Tensor:
-    first, second = x_BHTE.chunk(2, dim=-1)
-    turned = (first * cos_B1TF - second * sin_B1TF, second * cos_B1TF + first * sin_B1TF)
-    return torch.cat(turned, dim=-1).to(x_BHTE.dtype)
