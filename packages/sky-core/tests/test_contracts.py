@@ -24,6 +24,7 @@ from sky_core.components import (
     training,
 )
 from sky_core.data.dataset import Dataset
+from sky_core.model.language_model import LanguageModel
 from sky_core.plugins import load_plugins, loaded_plugins
 from sky_core.testing import (
     AttentionContract,
@@ -46,6 +47,8 @@ from sky_core.testing import (
     TrainerContract,
 )
 from sky_core.testing.tokenizer import CORPUS
+from sky_core.testing.workbench import tiny_model
+from sky_core.tokenizer.base import Tokenizer
 
 
 class TestFull(AttentionContract):
@@ -298,6 +301,13 @@ class TestMixture(OnDisk):
 
 class TestNextToken(ObjectiveContract):
     component = training.NextToken()
+
+
+class TestMultiToken(ObjectiveContract):
+    component = training.MultiToken()
+
+    def make_model(self, tokenizer: Tokenizer) -> LanguageModel:
+        return tiny_model(tokenizer.vocab_size, n_mtp=1)
 
 
 class TestAdamW(OptimizerContract):
