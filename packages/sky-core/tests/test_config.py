@@ -183,3 +183,35 @@ def test_a_sequence_longer_than_the_context_is_refused_at_once() -> None:
     assert (
         "64 tokens do not fit model.max_length=32" in errors(BASE, "data.sequence_length=64", "model.max_length=32")[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "problem"),
+    [
+        (
+            "yran",
+            "scaling: no scaling of rope called 'yran' (have: linear, dynamic, llama3, yarn); did you mean 'yarn'?",
+        ),
+        ("{factor: 4}", "scaling: which scaling? give 'kind' (have: linear, dynamic, llama3, yarn)"),
+        ("{kind: llama3, factor: 4}", "scaling.original_length: this key is needed"),
+        ("yarn", "scaling.factor: this key is needed"),
+        (
+            "{kind: yarn, factor: 4, original_length: 64, beta_fsat: 3}",
+            "scaling.beta_fsat: unknown key; did you mean 'beta_fast'?",
+        ),
+        ("{kind: linear, factor: 0.5}", "scaling.factor: input should be greater than or equal to 1, got 0.5"),
+        (
+            "{kind: llama3, factor: 4, original_length: 64, low_freq_factor: 4}",
+            "scaling: low_freq_factor 4.0 must be less than high_freq_factor 4.0",
+        ),
+    ],
+)
+def test_a_wrong_scaling_of_rope_is_told_of_its_own_kind(scaling: str, problem: str) -> None:
+    assert any(f"model.position.{problem}" in line for line in errors(BASE, f"model.position.scaling={scaling}"))
+
+
+def test_a_scaling_of_rope_reads_back_equal_and_stands_in_the_schema() -> None:
+    run = read_run("base.yaml", ["model.position={kind: rope, scaling: {kind: yarn, factor: 4, original_length: 64}}"])
+    assert parse_run(parse_value(dump_yaml(run.as_dict()))) == run
+    assert run.as_dict()["model"]["position"]["scaling"]["kind"] == "yarn"
+    assert {"LinearScaling", "DynamicScaling", "Llama3Scaling", "YarnScaling"} <= run_json_schema()["$defs"].keys()

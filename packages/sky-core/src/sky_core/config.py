@@ -279,7 +279,7 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
             default_kind = slot.default_kind if slot else None
             if field is not None and isinstance(field.default, str):
                 default_kind = field.default
-            current = _table(field.annotation) if field else None
+            current = _table(field.annotation, data) if field else None
         if slot is not None:
             kind = data.get("kind", default_kind) if isinstance(data, Mapping) else data
             current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
@@ -288,10 +288,13 @@ def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -
     return [*(["kind"] if issubclass(current, Component) and slot else []), *current.model_fields]
 
 
-def _table(annotation: Any) -> type[Schema] | None:
-    """The table that an annotation (`Table`, `Table | None`) means."""
+def _table(annotation: Any, data: Any = None) -> type[Schema] | None:
+    """The table that an annotation (`Table`, `Table | None`) means; of several, the one of the `kind` in `data`."""
     candidates = (annotation, *get_args(annotation))
-    return next((one for one in candidates if isinstance(one, type) and issubclass(one, Schema)), None)
+    tables = [one for one in candidates if isinstance(one, type) and issubclass(one, Schema)]
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    named = [table for table in tables if "kind" in table.model_fields and table.model_fields["kind"].default == kind]
+    return next(iter(named or tables), None)
 
 
 def _find(annotation: Any, metadata: Iterable[Any] = ()) -> _Slot | None:

@@ -104,10 +104,8 @@ class Decoder(slots.Model):
                 "n_head {n_head} is not a multiple of n_kv_head {n_kv_head}: use one of {divisors}", divisors=divisors
             )
         for position in self.position:
-            if isinstance(position, Rope) and self.width_of_head % 2:
-                raise problem(
-                    "rope turns pairs of numbers, so head_dim must be even, not {width}", width=self.width_of_head
-                )
+            if isinstance(position, Rope) and (misfit := position.misfit(self.width_of_head)):
+                raise problem("{misfit}", misfit=misfit)
             if isinstance(position, Sinusoidal) and self.d_model % 2:
                 raise problem("sinusoidal positions come in pairs, so d_model must be even, not {d_model}")
         return self

@@ -196,20 +196,26 @@ class Rope(slots.Position):
         return self
 
     def turned(self, head_dim: int) -> int:
-        """How many numbers of a head are turned. Raises `UserError` where they do not make whole planes."""
-        number = int(head_dim * self.fraction)
-        multiple = 4 if self.truncated or isinstance(self.scaling, DynamicScaling) else 2
-        if number < multiple or number % (4 if self.truncated else 2):
-            raise UserError(
-                f"position rope turns {number} of the head_dim {head_dim} numbers of a head; it needs"
-                f" {'a multiple of 4' if self.truncated else f'an even number of at least {multiple}'}:"
-                " change head_dim or fraction"
-            )
-        return number
+        """How many numbers of a head are turned."""
+        return int(head_dim * self.fraction)
+
+    def misfit(self, head_dim: int) -> str | None:
+        """Why these options do not fit heads of that width, None when they do."""
+        number = self.turned(head_dim)
+        if self.truncated:
+            fits, wanted = number > 0 and number % 4 == 0, "a multiple of 4"
+        elif isinstance(self.scaling, DynamicScaling):
+            fits, wanted = number > 2 and number % 2 == 0, "even and more than 2"
+        else:
+            fits, wanted = number > 0 and number % 2 == 0, "even" if number else "at least 2"
+        whole = "head_dim" if self.fraction == 1 else f"fraction {self.fraction:g} of head_dim {head_dim}"
+        return None if fits else f"rope turns pairs of numbers, so {whole} must be {wanted}, not {number}"
 
     def build(self, d_model: int, head_dim: int, max_length: int, n_head: int) -> PositionEncoding:
         from sky_core.model.rope import DynamicRotaryPosition, RotaryPosition
 
+        if misfit := self.misfit(head_dim):
+            raise UserError(misfit)
         dim = self.turned(head_dim)
         if isinstance(self.scaling, DynamicScaling):
             return DynamicRotaryPosition(dim, self.theta, scaling=self.scaling, interleaved=self.interleaved)
