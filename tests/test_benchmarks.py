@@ -17,8 +17,8 @@ import pytest
 from workspace import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ["nano_parity", "loading", "nanogpt_cpu", "nanogpt_gpu", "kill_resume", "cli_startup"]
-ON_TEXT = {"nanogpt_cpu", "nanogpt_gpu", "kill_resume"}
+SCRIPTS = ["nano_parity", "loading", "nanogpt_cpu", "nanogpt_gpu", "kill_resume", "cli_startup", "mup_transfer"]
+ON_TEXT = {"nanogpt_cpu", "nanogpt_gpu", "kill_resume", "mup_transfer"}
 ORIGIN = {
     "name",
     "what",
