@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from sky_core import api, run_directory
-from sky_core.cli.eval import evaluate
+from sky_core.cli.eval import evaluate, measure
 from sky_core.components.evaluation import LossEval
 from sky_core.data.dataset import Dataset
-from sky_core.errors import DataError
+from sky_core.errors import DataError, UserError
 from sky_core.eval.loss import validation_loss
 from sky_core.model.language_model import LanguageModel
 from sky_core.run_directory import RunDirectory
@@ -39,6 +39,7 @@ def a_run(
 ) -> RunDirectory:
     folder = tmp_path / "checkpoints" / "step_000040"
     folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text("{}")
     (folder.parent / "best").symlink_to(folder.name)
     config: Any = SimpleNamespace(
         seed=1,
@@ -54,7 +55,7 @@ def a_run(
 
 
 def test_the_numbers_are_printed_and_kept(a_run: RunDirectory, tiny_model: Any, tiny_dataset: Dataset) -> None:
-    expected = validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset) | {"constant": 0.5}
+    expected = validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset, batch_tokens=16) | {"constant": 0.5}
     printed = CliRunner().invoke(evaluate, ["a@best", "--json"], catch_exceptions=False)
     numbers = json.loads(printed.stdout)
     assert numbers.pop("precision") == "fp32"
@@ -64,10 +65,15 @@ def test_the_numbers_are_printed_and_kept(a_run: RunDirectory, tiny_model: Any, 
     assert {name: event[name] for name in expected} == pytest.approx(expected)
 
 
-def test_the_table_names_the_units(a_run: RunDirectory) -> None:
+def test_the_table_names_the_units_and_the_standard_errors(a_run: RunDirectory) -> None:
     printed = CliRunner().invoke(evaluate, ["a"], catch_exceptions=False).stdout
-    words = [line.split()[0] for line in printed.splitlines()]
-    assert words == ["nats/token", "perplexity", "bits/byte", "tokens", "bytes", "constant", "precision"]
+    head, *lines, precision = printed.splitlines()
+    assert head.split() == ["task", "metric", "value", "±", "s.e.", "n"]
+    assert [line.split()[1] for line in lines[:5]] == ["nats/token", "perplexity", "bits/byte", "bytes", "tokens"]
+    assert all(line.startswith("validation ") for line in lines[:5])
+    assert [len(line.split()) for line in lines[:3]] == [5, 5, 5], "each with its standard error and its sequences"
+    assert lines[5].split() == ["constant", "0.5000"]
+    assert precision.split() == ["precision", "fp32"]
 
 
 def test_data_of_another_tokenizer_is_refused(
@@ -89,3 +95,93 @@ def test_it_measures_in_the_precision_of_training(a_run: RunDirectory, tiny_mode
     assert numbers["precision"] == "bf16"
     assert numbers["loss"] == expected["loss"]
     assert numbers["loss"] != validation_loss(tiny_model, tiny_dataset.tokenizer, tiny_dataset)["loss"]
+
+
+def run_eval(*arguments: str) -> Any:
+    return CliRunner().invoke(evaluate, ["a", *arguments], catch_exceptions=False)
+
+
+def test_the_table_is_kept_beside_the_events(a_run: RunDirectory) -> None:
+    printed = run_eval("--json")
+    kept = json.loads((a_run.path / "evals" / "step_000040.json").read_text())
+    assert kept["checkpoint"] == "step_000040"
+    assert kept["results"] == json.loads(printed.stdout)
+    [loss] = [line for line in kept["table"] if line["metric"] == "nats/token"]
+    assert (loss["value"], loss["stderr"]) == (kept["results"]["loss"], kept["results"]["loss_stderr"])
+    markdown = (a_run.path / "evals" / "step_000040.md").read_text()
+    assert "| validation | nats/token |" in markdown
+    assert "Computed in fp32." in markdown
+    assert "evals/step_000040.md" in printed.stderr
+
+
+def test_evaluating_again_adds_to_the_table_of_the_same_weights(a_run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"good": "the cat", "bad": "cat the"}\n{"good": "a", "bad": "b"}\n')
+    run_eval()
+    run_eval("--task", "minimal_pairs", "--data", str(tmp_path / "pairs.jsonl"))
+    table = a_run.path / "evals" / "step_000040.json"
+    kept = json.loads(table.read_text())["results"]
+    assert "loss" in kept
+    assert kept["minimal_pairs/items"] == 2
+    (a_run.path / "checkpoints" / "step_000040" / "MANIFEST.json").write_text('{"trained": "anew"}')
+    run_eval("--task", "minimal_pairs", "--data", str(tmp_path / "pairs.jsonl"))
+    assert "loss" not in json.loads(table.read_text())["results"]
+    assert len(a_run.events()) == 3
+
+
+def test_tasks_are_chosen_by_kind(a_run: RunDirectory) -> None:
+    assert set(json.loads(run_eval("--task", "constant", "--json").stdout)) == {"constant", "precision"}
+    assert "loss" in json.loads(run_eval("--task", "loss,constant", "--json").stdout)
+
+
+def test_files_alone_are_domains(a_run: RunDirectory, tmp_path: Path) -> None:
+    for name in ("web", "code"):
+        (tmp_path / f"{name}.txt").write_text(f"some text of the {name} to be read")
+    found = json.loads(
+        run_eval("--data", str(tmp_path / "web.txt"), "--data", str(tmp_path / "code.txt"), "--json").stdout
+    )
+    assert {"domains/web/bits_per_byte", "domains/code/bits_per_byte"} < set(found)
+
+
+def test_what_needs_no_data_does_not_open_it(a_run: RunDirectory, tmp_path: Path) -> None:
+    def build(seed: int, tokenizer: Any) -> None:
+        raise AssertionError("the data was opened")
+
+    a_run.config.data.build = build
+    (tmp_path / "words.txt").write_text("word " * 40 + "last")
+    assert "last_word/accuracy" in json.loads(
+        run_eval("--task", "last_word", "--data", str(tmp_path / "words.txt"), "--json").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--task", "last_wrd"], r"no evaluation called 'last_wrd'.*did you mean 'last_word'"),
+        (["--task", "last_word"], r"does not configure the evaluation 'last_word'; give --data FILE"),
+        (["--task", "lm_eval"], r"put it into eval.tasks with tasks"),
+        (["--task", "loss", "--data", "x.txt"], r"'loss' takes no --data"),
+        (["--include-path", "tasks"], r"--lm-eval TASK"),
+        (["--task", "cloze,cloze", "--data", "cloze.jsonl"], r"two evaluations report 'cloze/accuracy'"),
+        (["--task", "cloze", "--data", "nowhere.jsonl"], r"nowhere.jsonl: no such file"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_and_nothing_is_written(
+    a_run: RunDirectory, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cloze.jsonl").write_text('{"context": "one two", "choices": ["three", "ten"], "answer": 0}\n')
+    with pytest.raises(UserError, match=complaint):
+        run_eval(*arguments)
+    assert a_run.events() == []
+    assert not (a_run.path / "evals").exists()
+
+
+def test_a_model_without_a_run_is_measured_on_files(
+    a_run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("some text to be read")
+    found = measure("hf:folder", data=[str(tmp_path / "text.txt")])
+    assert found["domains/text/bytes"] == 20
+    with pytest.raises(UserError, match="hf:folder: this model has no run directory"):
+        measure("hf:folder")
+    assert a_run.events() == []

@@ -300,10 +300,15 @@ class Eval(Component):
     """A measurement of a model. Offered through `sky_evals`.
 
     `build()` returns a callable `(model, tokenizer, dataset, autocast) -> dict[str, float]` that leaves the model, its
-    training mode and every random generator as they were.
+    training mode and every random generator as they were. Where `needs_data` is False the callable takes None for the
+    dataset.
+
+    Names of results are `task/metric` or `task/part/metric`; `..._stderr` is the standard error of what it is named
+    after, and `.../items` the number of items it was taken over.
     """
 
     slot: ClassVar = "eval"
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def build(self) -> Callable[..., dict[str, float]]: ...
@@ -313,6 +318,8 @@ class Sampler(Component):
     """Chooses the next token. Offered through `sky_samplers`.
 
     `build()` returns a callable `(logits_BV, tokens, generator) -> next_B`; `tokens` holds, per row, the ids so far.
+    Where the choice is a draw from a distribution, the callable has it as `probabilities(logits_BV, tokens) -> p_BV`
+    (float64, rows of sum 1): what decoding with a draft needs, and refuses to do without.
     """
 
     slot: ClassVar = "sampler"

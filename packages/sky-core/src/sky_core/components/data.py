@@ -137,6 +137,10 @@ class Member(Schema):
 
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False, description="share of the sequences, in any unit")]
     data: Annotated[Slot[Dataset], Field(description="where its sequences come from")]
+    name: Annotated[
+        str | None,
+        Field(pattern=r"^[\w.-]+$", description="what evaluations call it; null: its place in the list (1, 2, ...)"),
+    ] = None
 
 
 class Mixture(Dataset):
@@ -152,7 +156,8 @@ class Mixture(Dataset):
 
         # Members that read the same folder shall not read it in the same order.
         built = [member.data.build(seed + number, tokenizer) for number, member in enumerate(self.members)]
-        return mixture.Mixture([(member.weight, data) for member, data in zip(self.members, built, strict=True)])
+        weighted = [(member.weight, data) for member, data in zip(self.members, built, strict=True)]
+        return mixture.Mixture(weighted, [member.name or str(i) for i, member in enumerate(self.members, start=1)])
 
 
 def _fixed_fingerprint(tokenizer: slots.Tokenizer) -> str | None:

@@ -85,6 +85,11 @@ class Dataset(ABC):
         Raises `DataError` when there is no validation split.
         """
 
+    def domains(self) -> dict[str, Dataset]:
+        """The parts that evaluations tell apart, by name; together, in this order, their validation splits are the
+        whole one. Nothing where there is only one kind of text."""
+        return {}
+
     def describe(self) -> dict[str, Any]:
         """Facts for `sky show` and the log (tokens, documents, bytes per split)."""
         return {}

@@ -58,12 +58,16 @@ def chairman_assignment(weights: Sequence[int]) -> list[int]:
 class Mixture(Dataset):
     """Sequences of several datasets, interleaved by weight. Each keeps its own order and its own epochs.
 
-    `members` maps a name to (weight, dataset). A mixture has no epoch of its own: `len` is the number of sequences
-    that its members hold together. Raises `DataError` when members differ in tokenizer or sequence length.
+    `members` are (weight, dataset), `names` what evaluations call them (default: 1, 2, ...). A mixture has no epoch of
+    its own: `len` is the number of sequences that its members hold together. Raises `DataError` when members differ in
+    tokenizer or sequence length, or share a name.
     """
 
-    def __init__(self, members: Sequence[tuple[float, Dataset]]) -> None:
+    def __init__(self, members: Sequence[tuple[float, Dataset]], names: Sequence[str] | None = None) -> None:
         self.members = [dataset for _, dataset in members]
+        self.names = list(names or map(str, range(1, len(members) + 1)))
+        if twice := {name for name in self.names if self.names.count(name) > 1}:
+            raise DataError(f"mixture: {len(twice)} names stand for more than one member ({', '.join(sorted(twice))})")
         self.weights = integer_weights([weight for weight, _ in members])
         self.tokenizer, self.sequence_length = self.members[0].tokenizer, self.members[0].sequence_length
         for number, member in enumerate(self.members[1:], start=2):
@@ -107,6 +111,9 @@ class Mixture(Dataset):
         """The validation splits of all members, one after the other."""
         for member in self.members:
             yield from member.validation(batch_size)
+
+    def domains(self) -> dict[str, Dataset]:
+        return dict(zip(self.names, self.members, strict=True))
 
     def describe(self) -> dict[str, Any]:
         shares = [weight / sum(self.weights) for weight in self.weights]

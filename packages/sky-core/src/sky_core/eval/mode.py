@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from sky_core.model.language_model import LanguageModel
 
 
@@ -20,3 +22,12 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def undisturbed(model: LanguageModel) -> Iterator[torch.device]:
+    """`evaluating` without gradients; torch's random generators are afterwards what they were. Gives the device."""
+    device = next(model.parameters()).device
+    cuda = [device] if device.type == "cuda" else []
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        yield device
