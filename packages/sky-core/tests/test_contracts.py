@@ -18,6 +18,7 @@ from sky_core.components import (
     generation,
     layers,
     model,
+    moe,
     optimization,
     position,
     tokenizer,
@@ -101,12 +102,18 @@ class TestPostNorm(BlockContract):
     normed_stream = True
 
 
+class TestFullWithSlopes(AttentionContract):
+    component = attention.Full()
+    position = "alibi"
+
+
 class TestNaive(KernelContract):
     component = attention.Naive()
 
 
 class TestSdpa(KernelContract):
     component = attention.Sdpa()
+    refuses = ("softcap",)
 
 
 class TestAutoKernel(KernelContract):
@@ -133,6 +140,10 @@ class TestSwiGLU(FeedForwardContract):
     component = layers.SwiGLU()
 
 
+class TestMixtureOfExperts(FeedForwardContract):
+    component = moe.MixtureOfExperts(n_experts=4, d_ff=16)
+
+
 class TestLearned(PositionContract):
     component = position.Learned()
     acts = "embedding"
@@ -145,6 +156,33 @@ class TestSinusoidal(PositionContract):
 
 class TestRope(PositionContract):
     component = position.Rope()
+    acts = "layers"
+
+
+class TestPartialRope(PositionContract):
+    component = position.Rope(fraction=0.5, interleaved=True)
+    acts = "layers"
+
+
+class TestTruncatedRope(PositionContract):
+    component = position.Rope(truncated=True, theta=1024.0)
+    acts = "layers"
+
+
+class TestYarn(PositionContract):
+    component = position.Rope(scaling=position.YarnScaling(factor=4.0, original_length=16))
+    acts = "layers"
+
+
+class TestDynamicRope(PositionContract):
+    """Within the original length, where it is a plain RoPE; past it, see test_position_encodings.py."""
+
+    component = position.Rope(scaling=position.DynamicScaling(factor=2.0, original_length=64))
+    acts = "layers"
+
+
+class TestAlibi(PositionContract):
+    component = position.Alibi()
     acts = "layers"
 
 

@@ -82,22 +82,27 @@ class PositionContract(ComponentContract):
     base = Position
     acts: ClassVar[Literal["embedding", "layers", "nowhere"]]
     relative: ClassVar[bool] = True
-    """(acts in layers) The product of a query and a key depends on their distance alone."""
+    """(acts in layers) The score of a query and a key depends on their distance alone."""
 
     def position(self) -> Any:
-        return shaken(fresh(self.component.build, 32, 8, 64))
+        return shaken(fresh(self.component.build, 32, 8, 64, 4))
 
     def at(self, positions_BT: torch.Tensor) -> Context:
-        return Context(positions_BT=positions_BT, mask=Mask(), end=positions_BT.shape[1])
+        mask = Mask(slots_BT=positions_BT, keys_BS=positions_BT)
+        return Context(torch.zeros_like(positions_BT), positions_BT=positions_BT, mask=mask, end=positions_BT.shape[1])
 
     def scores(self, positions_BT: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Products of the same query vector with the same key vector, put at every pair of positions."""
+        """Scores of the same query vector and the same key vector, put at every pair of positions."""
+        return _Scores(self.position().in_layers())(*self.same_vectors(positions_BT, dtype), self.at(positions_BT))
+
+    @staticmethod
+    def same_vectors(
+        positions_BT: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q_BHTE and k_BHTE with one vector at every position."""
         tokens = positions_BT.shape[1]
         q_BHTE, k_BHTE = (noise(1, 1, 1, 8, seed=i).to(dtype).expand(2, 1, tokens, 8) for i in (1, 2))
-        position = self.position().in_layers()
-        q_BHTE, k_BHTE = position.rotate(q_BHTE, k_BHTE, self.at(positions_BT))
-        assert q_BHTE.dtype == k_BHTE.dtype == dtype
-        return q_BHTE @ k_BHTE.mT
+        return q_BHTE, k_BHTE
 
     def test_embeddings_change_with_the_position_where_it_acts_there(self) -> None:
         x_BTD = noise(1, 1, 32).expand(2, 6, 32)
@@ -145,8 +150,51 @@ class PositionContract(ComponentContract):
         for ahead, late in zip(position.rotate(q_BHTE, k_BHTE, ctx), lazily, strict=True):
             assert torch.equal(ahead, late)
 
+    def test_a_token_alone_is_placed_as_in_its_sequence(self) -> None:
+        position, (q_BHTE, k_BHTE) = self.position().in_layers(), (noise(2, 4, 6, 8), noise(2, 2, 6, 8, seed=1))
+        whole = position.rotate(q_BHTE, k_BHTE, self.at(torch.arange(6)[None]))
+        for t in range(6):
+            alone = position.rotate(q_BHTE[:, :, [t]], k_BHTE[:, :, [t]], self.at(torch.tensor([[t]])))
+            for one, all_of_them in zip(alone, whole, strict=True):
+                assert_close(one, all_of_them[:, :, [t]])
+
+    def test_layers_share_what_is_made_of_the_mask(self) -> None:
+        position, mask = self.position().in_layers(), Mask()
+        assert position.mask(mask) is position.mask(mask)
+
+    def test_a_cast_of_the_model_does_not_move_positions(self) -> None:
+        position, positions_BT = self.position().in_layers(), torch.arange(900, 906)[None]
+        if list(position.parameters()):
+            pytest.skip("its parameters are rounded")
+        vectors = self.same_vectors(positions_BT)
+        exact = _Scores(position)(*vectors, self.at(positions_BT))
+        assert torch.equal(_Scores(position.bfloat16())(*vectors, self.at(positions_BT)), exact)
+
     def test_the_dtype_stays(self) -> None:
-        self.scores(torch.arange(6)[None], torch.bfloat16)
+        positions_BT = torch.arange(6)[None]
+        rotated = (
+            self.position().in_layers().rotate(*self.same_vectors(positions_BT, torch.bfloat16), self.at(positions_BT))
+        )
+        assert {x_BHTE.dtype for x_BHTE in rotated} == {torch.bfloat16}
+
+    def test_it_compiles_in_one_graph(self) -> None:
+        positions_BT = torch.arange(6)[None]
+        inputs = (*self.same_vectors(positions_BT), self.at(positions_BT))
+        assert_compiles(_Scores(self.position().in_layers()), *inputs)
+
+
+class _Scores(nn.Module):
+    """Products of rotated queries and keys with the bias of the mask: what an attention layer takes a softmax of."""
+
+    def __init__(self, position: Any) -> None:
+        super().__init__()
+        self.position = position
+
+    def forward(self, q_BHTE: torch.Tensor, k_BHTE: torch.Tensor, ctx: Context) -> torch.Tensor:
+        q_BHTE, k_BHTE = self.position.rotate(q_BHTE, k_BHTE, ctx)
+        scores_BHTS = q_BHTE @ k_BHTE.mT
+        bias_BHTS = self.position.mask(ctx.mask).bias(*scores_BHTS.shape[-2:], scores_BHTS.device)
+        return scores_BHTS if bias_BHTS is None else scores_BHTS + bias_BHTS
 
 
 class FeedForwardContract(ComponentContract):
