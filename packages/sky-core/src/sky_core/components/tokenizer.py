@@ -1,4 +1,4 @@
-"""Tokenizers: characters, bytes, byte pair encoding, SentencePiece, and one that was saved before."""
+"""Tokenizers: characters, bytes, byte pair encoding, SentencePiece, files of other programs, and one saved before."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from sky_core.errors import UserError
-from sky_core.slots import Tokenizer
+from sky_core.tokenizer.options import EndOfText, Pattern, Special, WithChatTemplate
 
 if TYPE_CHECKING:
     from sky_core.tokenizer.base import Tokenizer as BuiltTokenizer
 
-EndOfText = Annotated[bool, Field(description="add the special token <|endoftext|>, which stands between documents")]
 
-
-class Char(Tokenizer):
+class Char(WithChatTemplate):
     """One id per character of the corpus, in the order of their code points."""
 
     kind: ClassVar = "char"
@@ -27,11 +24,13 @@ class Char(Tokenizer):
         Field(description="write characters that the corpus lacks as bytes (256 more ids), or refuse them"),
     ] = True
     end_of_text: EndOfText = True
+    special: Special = []
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.char import CharTokenizer
 
-        return CharTokenizer.train(texts, byte_fallback=self.byte_fallback, end_of_text=self.end_of_text)
+        options = self.model_dump(exclude={"chat_template"})
+        return self.with_template(CharTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -40,18 +39,19 @@ class Char(Tokenizer):
         return CharTokenizer.load(folder)
 
 
-class Byte(Tokenizer):
+class Byte(WithChatTemplate):
     """The 256 bytes of UTF-8: nothing to learn, every text fits."""
 
     kind: ClassVar = "byte"
     paper: ClassVar = "arXiv:2105.13626"
 
     end_of_text: EndOfText = True
+    special: Special = []
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.byte import ByteTokenizer
 
-        return ByteTokenizer(end_of_text=self.end_of_text)
+        return self.with_template(ByteTokenizer(end_of_text=self.end_of_text, special=self.special))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -60,7 +60,7 @@ class Byte(Tokenizer):
         return ByteTokenizer.load(folder)
 
 
-class Bpe(Tokenizer):
+class Bpe(WithChatTemplate):
     """Byte pair encoding over UTF-8 bytes, learned from scratch: merge the most frequent pair, again and again."""
 
     kind: ClassVar = "bpe"
@@ -69,27 +69,15 @@ class Bpe(Tokenizer):
     vocab_size: Annotated[
         int, Field(ge=257, description="number of ids: 256 bytes, the merges, and the special token if any")
     ] = 8192
-    pattern: Annotated[
-        str,
-        Field(description="how text is cut before pairs are counted: gpt2, gpt4, nanochat, or a regular expression"),
-    ] = "gpt4"
+    pattern: Pattern = "gpt4"
     end_of_text: EndOfText = True
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_compiles(cls, pattern: str) -> str:
-        from sky_core.tokenizer.pattern import compile_pattern
-
-        try:
-            compile_pattern(pattern)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        return pattern
+    special: Special = []
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.bpe import BpeTokenizer
 
-        return BpeTokenizer.train(texts, self.vocab_size, pattern=self.pattern, end_of_text=self.end_of_text)
+        options = self.model_dump(exclude={"chat_template"})
+        return self.with_template(BpeTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -98,7 +86,7 @@ class Bpe(Tokenizer):
         return BpeTokenizer.load(folder)
 
 
-class SentencePiece(Tokenizer):
+class SentencePiece(WithChatTemplate):
     """Google's SentencePiece (unigram or BPE), set so that no character of any text is lost."""
 
     kind: ClassVar = "sentencepiece"
@@ -112,15 +100,17 @@ class SentencePiece(Tokenizer):
         Literal["unigram", "bpe"], Field(description="language model over pieces (Kudo 2018), or merges")
     ] = "unigram"
     vocab_size: Annotated[
-        int, Field(ge=259, description="number of pieces, with 256 bytes, the unknown piece and <|endoftext|>")
+        int, Field(ge=259, description="number of pieces, with 256 bytes, the unknown piece and the special tokens")
     ] = 8192
+    special: Special = []
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
         if self.model is not None:
-            return SentencePieceTokenizer.from_model_file(Path(self.model))
-        return SentencePieceTokenizer.train(texts, self.vocab_size, model_type=self.model_type)
+            return self.with_template(SentencePieceTokenizer.from_model_file(Path(self.model)))
+        options = self.model_dump(exclude={"chat_template", "model"})
+        return self.with_template(SentencePieceTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -129,7 +119,35 @@ class SentencePiece(Tokenizer):
         return SentencePieceTokenizer.load(folder)
 
 
-class HuggingFace(Tokenizer):
+class Tiktoken(WithChatTemplate):
+    """The pieces and ranks of a tiktoken file (GPT-4, GPT-4o, Llama 3), run from scratch."""
+
+    kind: ClassVar = "tiktoken"
+
+    path: Annotated[str, Field(min_length=1, description="the file of ranks: *.tiktoken, or Llama 3's tokenizer.model")]
+    pattern: Pattern = "gpt4"
+    special: Annotated[
+        list[str] | dict[str, int],
+        Field(description="special tokens: names, numbered behind the last rank, or names with their ids"),
+    ] = ["<|endoftext|>"]
+    end_of_text: Annotated[
+        str | None, Field(description="which special token stands between documents; null: none")
+    ] = "<|endoftext|>"
+
+    def train(self, texts: Iterable[str]) -> BuiltTokenizer:
+        from sky_core.tokenizer.tiktoken import TiktokenTokenizer
+
+        options = {"pattern": self.pattern, "special": self.special, "end_of_text": self.end_of_text}
+        return self.with_template(TiktokenTokenizer.from_file(Path(self.path), **options))
+
+    @classmethod
+    def load(cls, folder: Path) -> BuiltTokenizer:
+        from sky_core.tokenizer.tiktoken import TiktokenTokenizer
+
+        return TiktokenTokenizer.load(folder)
+
+
+class HuggingFace(WithChatTemplate):
     """A Hugging Face tokenizer.json of any sort, run by the package `tokenizers` and saved as it is."""
 
     kind: ClassVar = "huggingface"
@@ -141,7 +159,7 @@ class HuggingFace(Tokenizer):
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.huggingface import read_huggingface
 
-        return read_huggingface(self.path)
+        return self.with_template(read_huggingface(self.path))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -150,7 +168,7 @@ class HuggingFace(Tokenizer):
         return HuggingFaceTokenizer.load(folder)
 
 
-class Saved(Tokenizer):
+class Saved(WithChatTemplate):
     """A tokenizer that was trained before, of whatever kind: the folder that `sky tokenizer train` wrote."""
 
     kind: ClassVar = "saved"
@@ -159,7 +177,7 @@ class Saved(Tokenizer):
     path: Annotated[str, Field(min_length=1, description="folder with the tokenizer.json")]
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
-        return self.load(Path(self.path))
+        return self.with_template(self.load(Path(self.path)))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:

@@ -147,6 +147,11 @@ class PieceTokenizer(Tokenizer):
         self.pieces = list(pieces)
         self.special = special
 
+    def _special_as_dict(self) -> dict[str, Any]:
+        """What `as_dict` says of the special tokens; the further ones only where there are any."""
+        further = [name for name in self.special if name != END_OF_TEXT]
+        return {"end_of_text": END_OF_TEXT in self.special, **({"special": further} if further else {})}
+
     @classmethod
     @abstractmethod
     def from_dict(cls, definition: dict[str, Any]) -> Self:
@@ -195,8 +200,18 @@ class StreamDecoder:
         return rest
 
 
-def with_special(pieces: Sequence[bytes], names: Iterable[str]) -> tuple[list[bytes], dict[str, int]]:
-    """`pieces` followed by the special tokens `names`, and the ids of these."""
+def with_special(
+    pieces: Sequence[bytes], end_of_text: bool, further: Sequence[str] = ()
+) -> tuple[list[bytes], dict[str, int]]:
+    """`pieces` followed by the special tokens, the end of text (if any) before the `further` ones, and their ids.
+
+    Raises `UserError` for a name that is empty or there already.
+    """
+    names = [*([END_OF_TEXT] if end_of_text else []), *further]
+    if "" in names:
+        raise UserError("special: a special token without a name; give each a name such as <|user|>")
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UserError(f"special: {twice!r} is there twice; give each special token once")
     special = {name: len(pieces) + i for i, name in enumerate(names)}
     return [*pieces, *[b""] * len(special)], special
 

@@ -32,13 +32,13 @@ order).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from sky_core.errors import DataError, UserError
-from sky_core.tokenizer.base import END_OF_TEXT, PieceTokenizer, corpus, utf8, with_special
+from sky_core.tokenizer.base import PieceTokenizer, corpus, utf8, with_special
 from sky_core.tokenizer.byte import BYTES
 from sky_core.tokenizer.pattern import compile_pattern, split
 
@@ -108,24 +108,31 @@ def learn_merges(counts: Mapping[bytes, int], n_merges: int) -> list[Pair]:
     return merges
 
 
-def merge(data: bytes, ranks: Mapping[Pair, int]) -> list[int]:
-    """The symbols of one pre-token; `ranks` gives the symbol that each known pair becomes.
+class Ranks(Protocol):
+    """What pairs of symbols become: a dictionary, or anything that looks them up."""
+
+    def get(self, pair: Pair, /) -> int | None: ...
+
+
+def merge(data: Sequence[int], ranks: Ranks) -> list[int]:
+    """The symbols of one pre-token (at first its bytes); `ranks` gives the symbol that each known pair becomes.
 
     Always the lowest rank first, among equals the leftmost: a heap of (rank, place) over a doubly linked list.
     """
     symbols = list(data)
-    before = list(range(-1, len(data) - 1))
-    after = list(range(1, len(data) + 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
+    end = len(symbols)
+    before = list(range(-1, end - 1))
+    after = list(range(1, end + 1))
+    heap = [(rank, i) for i, pair in enumerate(pairwise(symbols)) if (rank := ranks.get(pair)) is not None]
     heapify(heap)
     while heap:
         new, i = heappop(heap)
         j = after[i]
-        if j == len(data) or ranks.get((symbols[i], symbols[j])) != new:
+        if j == end or symbols[i] == GONE or ranks.get((symbols[i], symbols[j])) != new:
             continue
         symbols[i], symbols[j] = new, GONE
         k = after[i] = after[j]
-        if k < len(data):
+        if k < end:
             before[k] = i
             if (rank := ranks.get((new, symbols[k]))) is not None:
                 heappush(heap, (rank, i))
@@ -135,18 +142,18 @@ def merge(data: bytes, ranks: Mapping[Pair, int]) -> list[int]:
     return [symbol for symbol in symbols if symbol != GONE]
 
 
-class _Merged(dict[str, list[int]]):
-    """Pre-token -> ids, worked out when first asked for; forgets everything when full."""
+class Remembered(dict[str, list[int]]):
+    """Pre-token -> ids, worked out by `encode` when first asked for; forgets everything when full."""
 
     MOST = 1 << 17
     LONGEST = 64
 
-    def __init__(self, ranks: Mapping[Pair, int]) -> None:
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
-        self.ranks = ranks
+        self.encode = encode
 
     def __missing__(self, word: str) -> list[int]:
-        ids = merge(word.encode(), self.ranks)
+        ids = self.encode(word)
         if len(word) <= self.LONGEST:
             if len(self) >= self.MOST:
                 self.clear()
@@ -155,28 +162,42 @@ class _Merged(dict[str, list[int]]):
 
 
 class BpeTokenizer(PieceTokenizer):
-    """Ids: the 256 bytes, then one for each merge in the order learned, then the end of text (if any)."""
+    """Ids: the 256 bytes, one for each merge in the order learned, the special tokens (the end of text first)."""
 
     kind = "bpe"
 
-    def __init__(self, merges: Sequence[Pair], pattern: str = "gpt4", end_of_text: bool = True) -> None:
+    def __init__(
+        self,
+        merges: Sequence[Pair],
+        pattern: str = "gpt4",
+        end_of_text: bool = True,
+        special: Sequence[str] = (),
+    ) -> None:
         self.merges = list(merges)
         self.pattern = pattern
         self._compiled = compile_pattern(pattern)
-        self._merged = _Merged({pair: 256 + i for i, pair in enumerate(self.merges)})
+        ranks = {pair: 256 + i for i, pair in enumerate(self.merges)}
+        self._merged = Remembered(lambda word: merge(word.encode(), ranks))
         pieces = list(BYTES)
         for left, right in self.merges:
             pieces.append(pieces[left] + pieces[right])
-        super().__init__(*with_special(pieces, [END_OF_TEXT] if end_of_text else []))
+        super().__init__(*with_special(pieces, end_of_text, special))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt4", end_of_text: bool = True) -> Self:
-        """Learn `vocab_size` ids (bytes, merges and special token together) from documents, read one at a time.
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        pattern: str = "gpt4",
+        end_of_text: bool = True,
+        special: Sequence[str] = (),
+    ) -> Self:
+        """Learn `vocab_size` ids (bytes, merges and special tokens together) from documents, read one at a time.
 
         Raises `UserError` when `vocab_size` leaves no room for the bytes, `DataError` when the corpus is empty or has
         too few different pairs.
         """
-        n_merges = vocab_size - 256 - end_of_text
+        n_merges = vocab_size - len(with_special(BYTES, end_of_text, special)[0])
         if n_merges < 0:
             raise UserError(
                 f"vocab_size {vocab_size} is too small: the 256 bytes and special tokens alone take "
@@ -193,7 +214,7 @@ class BpeTokenizer(PieceTokenizer):
                 f"the corpus is too small for vocab_size {vocab_size}: after {len(merges)} merges no pair is left; "
                 f"set vocab_size to {most} or less, or give more text"
             )
-        return cls(merges, pattern, end_of_text)
+        return cls(merges, pattern, end_of_text, special)
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
@@ -209,10 +230,15 @@ class BpeTokenizer(PieceTokenizer):
             "kind": self.kind,
             "pattern": self._compiled.pattern,
             "merges": [f"{left} {right}" for left, right in self.merges],
-            "end_of_text": self.end_of_text is not None,
+            **self._special_as_dict(),
         }
 
     @classmethod
     def from_dict(cls, definition: dict[str, Any]) -> Self:
         pairs = (line.split() for line in definition["merges"])
-        return cls([(int(a), int(b)) for a, b in pairs], definition["pattern"], definition["end_of_text"])
+        return cls(
+            [(int(a), int(b)) for a, b in pairs],
+            definition["pattern"],
+            definition["end_of_text"],
+            definition.get("special", ()),
+        )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
-from sky_core.tokenizer.base import END_OF_TEXT, PieceTokenizer, utf8, with_special
+from sky_core.tokenizer.base import PieceTokenizer, utf8, with_special
 
 BYTES = [bytes([i]) for i in range(256)]
 
 
 class ByteTokenizer(PieceTokenizer):
-    """Id i is byte i; the end of text, if there is one, is 256."""
+    """Id i is byte i; the special tokens come from 256 on, the end of text (if any) first."""
 
     kind = "byte"
 
-    def __init__(self, end_of_text: bool = True) -> None:
-        super().__init__(*with_special(BYTES, [END_OF_TEXT] if end_of_text else []))
+    def __init__(self, end_of_text: bool = True, special: Sequence[str] = ()) -> None:
+        super().__init__(*with_special(BYTES, end_of_text, special))
 
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
@@ -26,8 +27,8 @@ class ByteTokenizer(PieceTokenizer):
         return byte_level_bpe(self.pieces, [], self.special, None)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "end_of_text": self.end_of_text is not None}
+        return {"kind": self.kind, **self._special_as_dict()}
 
     @classmethod
     def from_dict(cls, definition: dict[str, Any]) -> Self:
-        return cls(definition["end_of_text"])
+        return cls(definition["end_of_text"], definition.get("special", ()))

@@ -14,6 +14,8 @@ encoded with `split_special_tokens=True`; our `encode_with_special` does the sam
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from sky_core.errors import UserError
@@ -32,7 +34,7 @@ def pipeline(
 ) -> Json:
     """The whole file. `special` are the added tokens, which must be in the model's vocabulary."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=lambda item: item[1])]
+    added = [{"id": i, "content": name, **flags} for name, i in sorted(special.items(), key=itemgetter(1))]
     return {
         "version": "1.0",
         "truncation": None,
@@ -46,22 +48,19 @@ def pipeline(
     }
 
 
-def vocabulary(names: Sequence[str], special: Mapping[str, int]) -> dict[str, int]:
-    """Name -> id. `names[i]` is the piece i; at the ids of special tokens it is not looked at.
+def vocabulary(names: Iterable[str], special: Mapping[str, int]) -> dict[str, int]:
+    """Name -> id. `names` are those of the pieces in order, empty where an id is unused or a special token.
 
     Raises `UserError` when two ids share a name.
     """
-    named = list(names)
-    for name, i in special.items():
-        named[i] = name
-    vocab = {name: i for i, name in enumerate(named)}
-    if len(vocab) < len(named):
-        i = next(i for i, name in enumerate(named) if vocab[name] != i)
-        raise UserError(
-            f"tokens {i} and {vocab[named[i]]} are both written {named[i]!r} in a Hugging Face tokenizer.json, which "
-            "can hold that once; train the tokenizer with other special tokens"
-        )
-    return vocab
+    vocab: dict[str, int] = {}
+    for name, i in chain(((name, i) for i, name in enumerate(names) if name), special.items()):
+        if vocab.setdefault(name, i) != i:
+            raise UserError(
+                f"tokens {vocab[name]} and {i} are both written {name!r} in a Hugging Face tokenizer.json, which can "
+                "hold that once; train the tokenizer with other special tokens"
+            )
+    return dict(sorted(vocab.items(), key=itemgetter(1)))
 
 
 def bpe_model(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], **options: bool) -> Json:
@@ -81,6 +80,30 @@ def bpe_model(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], **opt
     }
 
 
+def byte_names() -> list[str]:
+    """How a model with byte fallback calls the 256 bytes."""
+    return [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def characters(known: str, special: Mapping[str, int], *, byte_fallback: bool) -> Json:
+    """One token per character of `known`, and for others their bytes; without `byte_fallback` they are an error."""
+    vocab = vocabulary([*known, *(byte_names() if byte_fallback else [])], special)
+    if byte_fallback:
+        decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+        return pipeline(bpe_model(vocab, [], byte_fallback=True), special, decoder=decoder)
+    return pipeline(
+        {"type": "WordLevel", "vocab": vocab, "unk_token": "[none]"},
+        special,
+        pre_tokenizer=split(r"[\s\S]"),
+        decoder={"type": "Fuse"},
+    )
+
+
+def split(pattern: str) -> Json:
+    """Cuts text into what `pattern` matches and what is between."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
 def byte_level_bpe(
     pieces: Sequence[bytes],
     merges: Iterable[tuple[int, int]],
@@ -94,17 +117,7 @@ def byte_level_bpe(
     vocab = vocabulary(names, special)
     pairs = [(names[left], names[right]) for left, right in merges]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    steps = [byte_level]
-    if pattern is not None:
-        steps.insert(
-            0,
-            {
-                "type": "Split",
-                "pattern": {"Regex": for_oniguruma(pattern)},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-        )
+    steps = [byte_level] if pattern is None else [split(for_oniguruma(pattern)), byte_level]
     return pipeline(
         bpe_model(vocab, pairs, ignore_merges=ignore_merges),
         special,

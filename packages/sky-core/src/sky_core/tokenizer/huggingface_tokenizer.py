@@ -19,24 +19,22 @@ from __future__ import annotations
 
 import json
 import operator
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 from sky_core.errors import DataError, UserError
 from sky_core.files import write_atomic
 from sky_core.tokenizer.base import Span, Tokenizer, utf8
-from sky_core.tokenizer.byte_level import from_visible
 from sky_core.tokenizer.files import FILE, FORMAT, read_chat_template, read_tokenizer
+from sky_core.tokenizer.huggingface_decoder import reading
 
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files beside a Hugging Face tokenizer.json that are kept as they were read, to be written back."""
 HIDDEN = "\U0010ffff"
 PROBE = " a  B\t \n\n Å ﬁ ① e\u0301 日本 😀."
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def library() -> Any:
@@ -278,49 +276,3 @@ def unknown(model: Mapping[str, Any]) -> str | None:
         name: str = model["vocab"][i][0]
         return name
     return model.get("unk_token")
-
-
-class Reading(NamedTuple):
-    """How the name of a piece is read as bytes; whether a space in front of a text is dropped; whether added tokens
-    are their own names."""
-
-    read: Callable[[str], bytes]
-    strips_space: bool
-    literal_added_tokens: bool
-
-
-def reading(decoder: Mapping[str, Any] | None) -> Reading | None:
-    """Of a decoder that reads pieces one by one; None for one that the library must run."""
-    steps = _steps(decoder)
-    kinds = {step["type"] for step in steps}
-    if kinds == {"ByteLevel"}:
-        return Reading(from_visible, False, True)
-    if not kinds or not kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
-        return None
-    replaced = [
-        (step.get("pattern", {}).get("String"), step.get("content")) for step in steps if step["type"] == "Replace"
-    ]
-    replaced += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
-    strips = [step for step in steps if step["type"] == "Strip"]
-    if any(None in pair for pair in replaced) or any(
-        (step["content"], step["start"], step["stop"]) != (" ", 1, 0) for step in strips
-    ):
-        return None
-    spaced = any(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
-
-    def read(name: str) -> bytes:
-        if "ByteFallback" in kinds and (byte := BYTE_PIECE.fullmatch(name)):
-            return bytes([int(byte[1], 16)])
-        for old, new in replaced:
-            name = name.replace(old, new)
-        return name.encode()
-
-    return Reading(read, spaced or bool(strips), False)
-
-
-def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if decoder is None:
-        return []
-    if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _steps(part)]
-    return [decoder]

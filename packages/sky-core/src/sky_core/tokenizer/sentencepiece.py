@@ -14,14 +14,14 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
 from sky_core.errors import DataError, UserError
 from sky_core.files import write_atomic
-from sky_core.tokenizer.base import END_OF_TEXT, PieceTokenizer, corpus, utf8
+from sky_core.tokenizer.base import END_OF_TEXT, PieceTokenizer, corpus, utf8, with_special
 
 SPACE = "\u2581"
 SLICE = 4096
@@ -57,7 +57,7 @@ class SentencePieceTokenizer(PieceTokenizer):
             if self._processor.is_control(i) or self._processor.is_unknown(i)
         }
         if END_OF_TEXT not in special and self._processor.eos_id() >= 0:
-            special[END_OF_TEXT] = self._processor.eos_id()
+            self.end_of_text_name = self._processor.id_to_piece(self._processor.eos_id())
         super().__init__([self._bytes_of(i) for i in ids], special)
         self._lossy_spaces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
@@ -70,10 +70,13 @@ class SentencePieceTokenizer(PieceTokenizer):
         return piece.replace(SPACE, " ").encode()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, model_type: str = "unigram") -> Self:
-        """Learn `vocab_size` pieces by the `unigram` or the `bpe` method. The library holds the corpus in memory.
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, model_type: str = "unigram", special: Sequence[str] = ()
+    ) -> Self:
+        """Learn `vocab_size` pieces by the `unigram` or the `bpe` method, special tokens among them.
 
-        Raises `DataError` when the corpus is empty or has too few pieces, or too many characters, for `vocab_size`.
+        The library holds the corpus in memory. Raises `DataError` when that is empty or has too few pieces, or too
+        many characters, for `vocab_size`.
         """
         library = _library()
         written = io.BytesIO()
@@ -92,7 +95,7 @@ class SentencePieceTokenizer(PieceTokenizer):
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                control_symbols=[END_OF_TEXT],
+                control_symbols=list(with_special([], True, special)[1]),
                 max_sentence_length=4 * SLICE,
                 minloglevel=2,
             )
@@ -129,6 +132,11 @@ class SentencePieceTokenizer(PieceTokenizer):
                 "byte fallback or rewrites text; train one with: sky tokenizer train --kind sentencepiece"
             )
         return ids
+
+    def to_huggingface(self) -> dict[str, Any]:
+        from sky_core.tokenizer.huggingface_sentencepiece import pipeline_of
+
+        return pipeline_of(self.model, self.pieces, self.special)
 
     def as_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "model": base64.b64encode(self.model).decode()}
