@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sky_core.components.attention import Auto
+from sky_core.errors import UserError
 from sky_core.model.kernels import attention_weights, auto, choose, naive, sdpa
 from sky_core.model.mask import Mask
 
@@ -19,14 +20,20 @@ KERNELS = pytest.mark.parametrize("kernel", [naive, sdpa])
 SCALE = 0.7
 
 
-def equation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
+def equation(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, softcap: float | None = None
+) -> torch.Tensor:
     """Head by head in float64; a query that sees nothing gives 0."""
     heads, groups = q.shape[1], k.shape[1]
     allowed = mask.dense(q.shape[2], k.shape[2]).expand(len(q), 1, -1, -1)[:, 0]
-    outputs = []
+    bias, outputs = mask.bias(q.shape[2], k.shape[2]), []
     for head in range(heads):
         group = head // (heads // groups)
         scores = SCALE * q[:, head].double() @ k[:, group].double().transpose(1, 2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias[:, head]
         weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
         outputs.append(weights @ v[:, group].double())
     return torch.stack(outputs, dim=1)
@@ -53,6 +60,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Ma
         # A slot before the first key: that query sees nothing.
         slots_BT=starts + torch.arange(queries) - draw(st.integers(0, 1)) if shape == "ragged" else None,
         front=front,
+        slopes_H=torch.rand(groups * repeats, generator=generator) if draw(st.booleans()) else None,
     )
     keys = total + front
     width = draw(st.sampled_from([4, 8]))
@@ -85,6 +93,38 @@ def test_gradients_equal_those_of_the_equation(kernel: Callable[..., torch.Tenso
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     assert all(gradient.isfinite().all() for gradient in actual)
+
+
+@pytest.mark.parametrize("kernel", [naive, auto])
+@settings(deadline=None, max_examples=40)
+@given(case=cases(), softcap=st.sampled_from([0.5, 50.0]))
+def test_capped_scores_equal_the_equation(kernel: Callable[..., torch.Tensor], case, softcap: float) -> None:
+    q, k, v, mask = case
+    actual = kernel(q, k, v, mask, scale=SCALE, softcap=softcap).double()
+    torch.testing.assert_close(actual, equation(q, k, v, mask, softcap), rtol=0, atol=5e-6)
+
+
+def test_sdpa_says_that_it_cannot_cap_scores() -> None:
+    q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
+    with pytest.raises(UserError, match=r"sdpa cannot cap scores .*use kernel: naive or auto"):
+        sdpa(q, k, v, Mask(), scale=SCALE, softcap=50.0)
+
+
+def test_auto_is_sdpa_until_scores_are_capped() -> None:
+    q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
+    assert torch.equal(auto(q, k, v, Mask(), scale=SCALE), sdpa(q, k, v, Mask(), scale=SCALE))
+    capped = auto(q, k, v, Mask(), scale=SCALE, softcap=0.5)
+    assert torch.equal(capped, naive(q, k, v, Mask(), scale=SCALE, softcap=0.5))
+    assert "flash_attention" in names_of_calls(lambda: auto(q, k, v, Mask(), scale=SCALE))
+
+
+@KERNELS
+def test_slopes_are_not_rounded_with_the_inputs(kernel: Callable[..., torch.Tensor]) -> None:
+    """bf16 has 8 bits: 600 and 599 would be one number."""
+    mask = Mask(slopes_H=torch.tensor([1.0]), slots_BT=torch.tensor([[600]]), keys_BS=torch.tensor([[0, 1]]))
+    q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8), torch.eye(2)[None, None]
+    y = kernel(*(x.bfloat16() for x in (q, k, v)), mask, scale=SCALE).float()
+    torch.testing.assert_close(y.flatten(), torch.tensor([1.0, math.e]) / (1 + math.e), rtol=0, atol=0.01)
 
 
 @KERNELS
@@ -133,9 +173,10 @@ def names_of_calls(function: Callable[[], object]) -> str:
 
 def test_layers_share_one_lowered_mask() -> None:
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
-    mask = Mask(documents_BS=torch.tensor([[0, 0, 1, 1]]))
-    assert "masked_fill" in names_of_calls(lambda: sdpa(q, k, v, mask, scale=SCALE))
-    assert "masked_fill" not in names_of_calls(lambda: sdpa(q, k, v, mask, scale=SCALE))
+    for slopes_H in (None, torch.tensor([0.5, 0.25])):
+        mask = Mask(documents_BS=torch.tensor([[0, 0, 1, 1]]), slopes_H=slopes_H)
+        assert "masked_fill" in names_of_calls(lambda mask=mask: sdpa(q, k, v, mask, scale=SCALE))
+        assert "masked_fill" not in names_of_calls(lambda mask=mask: sdpa(q, k, v, mask, scale=SCALE))
 
 
 def test_decoding_one_token_with_sdpa_makes_no_mask() -> None:

@@ -122,8 +122,11 @@ def _additive(mask: Mask, queries: int, keys: int, like: torch.Tensor, *, masked
     """What torch adds to the scores: the bias of the mask and, where `masked`, -inf for what may not be seen."""
     if not masked and mask.slopes_H is None:
         return None
-    # CUDA wants the dtype of q: far away, bf16 rounds a bias of -b by up to b / 256.
-    dtype = like.dtype if like.dtype == torch.float64 or like.device.type == "cuda" else torch.float32
+    dtype = like.dtype
+    if mask.slopes_H is not None and like.device.type == "cpu":
+        dtype = torch.promote_types(
+            dtype, torch.float32
+        )  # CUDA wants that of q: bf16 rounds a bias -b by up to b / 512
 
     def additive() -> torch.Tensor:
         bias = score_bias(mask, queries, keys, like.device)

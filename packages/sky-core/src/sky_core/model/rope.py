@@ -11,8 +11,8 @@ longer than those of training. Relative to the paper:
                   arXiv:2204.06745: N = E/4).
     truncated     f_i = theta^(-i / (N/4 - 1)) for i < N/4, from 1 to 1/theta, and 0 for the other N/4 planes, which
                   do not turn: the "half-truncate RoPE" of modded-nanoGPT (You Jiacheng; class Rotary of
-                  github.com/KellerJordan/modded-nanogpt with theta = 1024), which turns the other way round: products
-                  of q and k are the same.
+                  github.com/KellerJordan/modded-nanogpt with theta = 1024), which turns the other way round:
+                  the same but for the sign of half of the rows of q_proj and k_proj.
 
 B batch (1 where all rows share their positions), H heads, T time, E width of a head, N numbers of it that are turned,
 F = N/2 planes.
