@@ -144,6 +144,13 @@ class TestTwistedHeads(KernelContract):
     finds = "test_it_equals_the_equation_with_gradients[causal-GQA]"
 
 
+class TestFlat(KernelContract):
+    component = part(
+        slots.Kernel, lambda self: lambda q, k, v, mask, **o: dense_kernel(q, k, v, replace(mask, slopes_H=None), **o)
+    )
+    finds = "test_it_equals_the_equation_with_gradients[slopes-GQA]"
+
+
 class Mixing(nn.Module):
     def forward(self, x_BTD: torch.Tensor, ctx: Any) -> torch.Tensor:
         return x_BTD + x_BTD.mean(1, keepdim=True)

@@ -95,9 +95,8 @@ class PositionContract(ComponentContract):
         """Scores of the same query vector and the same key vector, put at every pair of positions."""
         return _Scores(self.position().in_layers())(*self.same_vectors(positions_BT, dtype), self.at(positions_BT))
 
-    @staticmethod
     def same_vectors(
-        positions_BT: torch.Tensor, dtype: torch.dtype = torch.float32
+        self, positions_BT: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q_BHTE and k_BHTE with one vector at every position."""
         tokens = positions_BT.shape[1]
