@@ -16,6 +16,7 @@ Balancing, three ways that may be combined, f_e = tokens that chose e / tokens:
   sum over the experts first (DeepSeek-V3, equation 19).
 - `z_loss` = mean of logsumexp(l)² (Zoph et al. 2022, ST-MoE, arXiv:2202.08906, equation 5): keeps logits small.
 - no loss: b_e += u sign(mean load - load_e) after each optimizer step (Wang et al. 2024, arXiv:2408.15664, section 3).
+  u has to be small against what scores of one expert differ by between tokens, or tokens change sides in a body.
 
 Softmax goes over all experts before the choice; with norm_topk that equals Mixtral's softmax over the chosen logits.
 

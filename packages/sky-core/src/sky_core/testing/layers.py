@@ -223,8 +223,28 @@ class FeedForwardContract(ComponentContract):
     def test_it_compiles_in_one_graph(self) -> None:
         assert_compiles(self.layer(), noise(2, 7, 32), context(2, 7))
 
+    def test_passes_outside_of_training_leave_no_trace(self) -> None:
+        layer = self.layer()
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        Feed(layer.eval(), 2, cached=False)(noise(2, 7, 32))
+        with torch.no_grad():
+            Feed(layer.train(), 2, cached=False)(noise(2, 7, 32))
+        changed = [name for name, buffer in layer.named_buffers() if not torch.equal(buffer, before[name])]
+        assert not changed, f"changed: {changed}"
+
+    def test_a_step_of_training_leaves_what_a_checkpoint_holds_and_nothing_else(self) -> None:
+        layer = self.layer().train()
+        temporary = {name: b.clone() for name, b in layer.named_buffers() if name not in layer.state_dict()}
+        Feed(layer, 2, cached=False)(noise(2, 7, 32))
+        for module in layer.modules():
+            if hasattr(module, "after_step"):
+                measured = module.after_step(lambda value: value, skipped=False)
+                assert all(value.ndim == 0 and value.isfinite() for value in measured.values())
+        left = [name for name, start in temporary.items() if not torch.equal(layer.get_buffer(name), start)]
+        assert not left, f"a resumed run would not have {left}: save it, or clear it in after_step"
+
     def test_extra_losses_are_scalars(self) -> None:
-        feed = Feed(self.layer(), 2, cached=False)
+        feed = Feed(self.layer().train(), 2, cached=False)
         feed(noise(2, 7, 32))
         assert all(value.ndim == 0 and value.isfinite() for value in feed.ctx.losses.values())
 
