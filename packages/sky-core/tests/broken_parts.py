@@ -161,6 +161,30 @@ class TestMixing(FeedForwardContract):
     finds = "test_tokens_do_not_mix"
 
 
+class Counting(nn.Module):
+    """Counts tokens, in every pass or in training alone, and never clears what it counted."""
+
+    def __init__(self, *, always: bool) -> None:
+        super().__init__()
+        self.always = always
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x_BTD: torch.Tensor, ctx: Any) -> torch.Tensor:
+        if self.always or (self.training and torch.is_grad_enabled()):
+            self.seen += x_BTD.shape[1]
+        return x_BTD
+
+
+class TestCounting(FeedForwardContract):
+    component = part(slots.FeedForward, lambda self, spec: Counting(always=True))
+    finds = "test_passes_outside_of_training_leave_no_trace"
+
+
+class TestNeverCleared(FeedForwardContract):
+    component = part(slots.FeedForward, lambda self, spec: Counting(always=False))
+    finds = "test_a_step_of_training_leaves_what_a_checkpoint_holds_and_nothing_else"
+
+
 class Bare(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt()
