@@ -76,7 +76,7 @@ class Auto(slots.Kernel):
 
     kind: ClassVar = "auto"
     paper: ClassVar = "arXiv:2307.08691"
-    implementation: ClassVar = "sky_core.model.kernels:sdpa"
+    implementation: ClassVar = "sky_core.model.kernels:auto"
 
     def build(self) -> Callable[..., torch.Tensor]:
         from sky_core.model.kernels import choose
