@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sky_core import API_VERSION, hookimpl, slots
 from sky_core.component import Component
@@ -19,6 +20,10 @@ from sky_core.components import (
     tokenizer,
     training,
 )
+
+if TYPE_CHECKING:
+    from sky_core.model.language_model import LanguageModel
+    from sky_core.tokenizer.base import Tokenizer
 
 sky_api = API_VERSION
 
@@ -115,3 +120,16 @@ def sky_evals() -> list[type[Component]]:
 @hookimpl
 def sky_samplers() -> list[type[Component]]:
     return _in(generation, slots.Sampler)
+
+
+@hookimpl
+def sky_load_model(source: str) -> tuple[LanguageModel, Tokenizer] | None:
+    """`hf:DIR`: a Hugging Face checkpoint, straight from its files."""
+    from sky_core.hf.table import folder_of
+
+    folder = folder_of(source)
+    if folder is None:
+        return None
+    from sky_core.hf.read import load
+
+    return load(folder)

@@ -23,6 +23,8 @@ COMMANDS = {
     "resume": ("sky_core.cli.train:resume", "Continue a run exactly where its last checkpoint left it."),
     "sample": ("sky_core.cli.sample:sample", "Sample text from a run."),
     "eval": ("sky_core.cli.eval:evaluate", "Measure a run on the whole validation split."),
+    "import": ("sky_core.cli.hf:import_", "Make a run of a Hugging Face checkpoint."),
+    "export": ("sky_core.cli.hf:export", "Write a run as a Hugging Face checkpoint."),
     "runs": ("sky_core.cli.runs:runs", "List and compare runs."),
     "show": ("sky_core.cli.show:show", "Show a resolved run: every part, where its code is, and its size."),
     "check": ("sky_core.cli.show:check", "Check a run file without building anything."),

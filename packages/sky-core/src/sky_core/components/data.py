@@ -36,6 +36,18 @@ Packing = Annotated[
 Verify = Annotated[bool, Field(description="compare the SHA-256 of every file when the run starts (sizes always are)")]
 
 
+class NoData(Dataset):
+    """No data: what a run has that was imported and not trained. It can be sampled, measured and started from."""
+
+    kind: ClassVar = "none"
+
+    def build(self, seed: int, tokenizer: slots.Tokenizer | None) -> BuiltDataset:
+        raise DataError(
+            "this run has no data (it was imported, not trained): train a run file that has `data:` and `init:` with this"
+            " run, or say which text to measure it on"
+        )
+
+
 class _Prepared(Schema):
     """What token files and shards have in common."""
 
