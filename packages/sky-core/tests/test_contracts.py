@@ -392,6 +392,46 @@ class TestLossEval(EvalContract):
     component = evaluation.LossEval()
 
 
+class OnFiles(EvalContract):
+    """An evaluation of files, which lie in the current folder."""
+
+    @pytest.fixture(autouse=True)
+    def files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("book.txt").write_text("the cat sat on the mat.\n\nA dog sat on a log.\n")
+        Path("cloze.jsonl").write_text('{"context": "the cat", "choices": ["sat", "lay"], "answer": 0}\n' * 2)
+        Path("pairs.jsonl").write_text('{"good": "a cat sat", "bad": "a cat sit", "category": "verb"}\n' * 2)
+
+
+class TestDomains(OnFiles):
+    component = evaluation.Domains(path={"book": "book.txt"})
+
+
+class TestLastWord(OnFiles):
+    component = evaluation.LastWord(path="book.txt", min_words=3)
+
+
+class TestCloze(OnFiles):
+    component = evaluation.Cloze(path="cloze.jsonl")
+
+
+class TestMinimalPairs(OnFiles):
+    component = evaluation.MinimalPairs(path=["pairs.jsonl"])
+
+
+class TestLmEval(OnFiles):
+    component = evaluation.LmEval(tasks=["pairs"], include_path=".")
+
+    def measure(self, model: LanguageModel) -> dict[str, float]:
+        pytest.importorskip("lm_eval", reason="this evaluation is lm-evaluation-harness")
+        Path("pairs.yaml").write_text(
+            "task: pairs\ndataset_path: json\ndataset_kwargs: {data_files: {test: pairs.jsonl}}\ntest_split: test\n"
+            "output_type: multiple_choice\ndoc_to_text: ''\ntarget_delimiter: ''\n"
+            "doc_to_choice: '{{[good, bad]}}'\ndoc_to_target: 0\n"
+        )
+        return super().measure(model)
+
+
 class TestGreedy(SamplerContract):
     component = generation.Greedy()
 

@@ -10,8 +10,10 @@ import torch
 
 from sky_core.components.evaluation import LossEval
 from sky_core.data.dataset import IGNORE, Batch, Dataset
+from sky_core.data.mixture import Mixture
 from sky_core.errors import DataError
 from sky_core.eval.loss import validation_loss
+from sky_core.eval.statistics import ratio_stderr
 from sky_core.model.language_model import LanguageModel
 from sky_core.tokenizer.byte import ByteTokenizer
 
@@ -70,6 +72,38 @@ def test_the_loss_is_that_of_the_whole_split_in_float64(tiny_model: LanguageMode
     assert results["loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-4)
     assert results["bits_per_byte"] == pytest.approx(nll / math.log(2) / (len(TEXT.encode()) - 1), rel=1e-5)
+
+
+def test_standard_errors_are_over_sequences(tiny_model: LanguageModel) -> None:
+    ids = BYTES.encode(TEXT)
+    rows = [ids[start : start + 17] for start in range(0, len(ids) - 1, 16)]
+    results = validation_loss(tiny_model, BYTES, Split(ids))
+    costs, sizes = [direct_nll(tiny_model, row) for row in rows], [len(row) - 1 for row in rows]
+    loss, stderr = ratio_stderr(costs, sizes)
+    assert stderr is not None
+    assert results["sequences"] == len(rows)
+    assert results["loss_stderr"] == pytest.approx(stderr, rel=1e-3)
+    assert results["perplexity_stderr"] == pytest.approx(math.exp(loss) * stderr, rel=1e-3)
+    assert results["bits_per_byte_stderr"] == pytest.approx(stderr / math.log(2), rel=1e-3)
+    assert "loss_stderr" not in validation_loss(tiny_model, BYTES, Split(ids[:10])), "one sequence has none"
+
+
+def test_a_mixture_is_measured_by_domain_and_as_a_whole(tiny_model: LanguageModel) -> None:
+    english, code = BYTES.encode(TEXT), BYTES.encode("def f(x):\n    return [y for y in x if y is not None]\n" * 2)
+    mixture = Mixture([(0.9, Split(english)), (0.1, Split(code))], ["english", "code"])
+    seen: list[int] = []
+    results = validation_loss(tiny_model, BYTES, mixture, batch_tokens=32, progress=seen.append)
+    alone = {
+        name: validation_loss(tiny_model, BYTES, Split(ids)) for name, ids in (("english", english), ("code", code))
+    }
+    for name, expected in alone.items():
+        for metric in ("bits_per_byte", "bits_per_byte_stderr", "bytes", "sequences"):
+            assert results[f"loss/{name}/{metric}"] == pytest.approx(expected[metric])
+    tokens = sum(part["tokens"] for part in alone.values())
+    assert results["tokens"] == tokens == seen[-1]
+    assert results["loss"] == pytest.approx(sum(part["loss"] * part["tokens"] for part in alone.values()) / tokens)
+    with pytest.raises(DataError, match="domain 'code' holds no text"):
+        validation_loss(tiny_model, BYTES, Mixture([(1, Split(english)), (1, Split([5]))], ["english", "code"]))
 
 
 def test_predicting_the_end_of_text_costs_bits_but_adds_no_bytes(tiny_model: LanguageModel) -> None:

@@ -63,7 +63,7 @@ def test_the_start_of_a_long_context_is_dropped(tiny_model: LanguageModel) -> No
     assert longer.logprob == pytest.approx(cut.logprob, rel=1e-5)
     everything = loglikelihoods(tiny_model, BYTES, [("", "z" * 64)])
     assert everything[0].tokens == 64
-    with pytest.raises(DataError, match="65 tokens are to be predicted.*context is 64"):
+    with pytest.raises(DataError, match=r"65 tokens are to be predicted.*context is 64"):
         loglikelihoods(tiny_model, BYTES, [("", "z" * 65)])
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sky_core.slots import Eval
 
 
-def _words(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> list[str]:
+def _words(_context: click.Context, _parameter: click.Parameter, given: Sequence[str]) -> list[str]:
     return [word for words in given for word in words.split(",") if word]
 
 

@@ -45,7 +45,7 @@ class Domains(Eval):
         dict[Name, str | list[str]] | str | list[str],
         Field(
             min_length=1,
-            description="texts of each domain by its name; or texts whose JSON lines name their `domain` (others: file)",
+            description="texts of each domain by its name; or texts whose JSON lines name their `domain` (else: file)",
         ),
     ]
     name: Name = "domains"

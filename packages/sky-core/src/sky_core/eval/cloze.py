@@ -39,7 +39,7 @@ class Question(NamedTuple):
 def cloze(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    dataset: Any = None,
+    _dataset: Any = None,
     autocast: Autocast = nullcontext,
     *,
     options: Cloze,

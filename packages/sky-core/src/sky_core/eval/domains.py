@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def domains(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    dataset: Any = None,
+    _dataset: Any = None,
     autocast: Autocast = nullcontext,
     *,
     options: Domains,

@@ -19,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,7 @@ class SkyLM(TemplateLM):  # type: ignore[misc]
 def lm_eval_tasks(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    dataset: Any = None,
+    _dataset: Any = None,
     autocast: Autocast = nullcontext,
     *,
     options: LmEval,
@@ -189,10 +190,7 @@ def lm_eval_tasks(
     level = logger.level
     logger.setLevel(max(logging.WARNING, logging.getLogger().level))
     try:
-        manager = TaskManager(include_path=options.include_path)
-        for task in options.tasks:
-            if task not in manager.all_tasks and not Path(task).is_file():
-                raise UserError(f"lm-evaluation-harness knows no task {task!r}{closest(task, manager.all_tasks)}")
+        manager = _tasks_for(options)
         with _generators_kept():
             found = simple_evaluate(
                 SkyLM(model=model, tokenizer=tokenizer, autocast=autocast, batch_tokens=options.batch_tokens),
@@ -209,6 +207,27 @@ def lm_eval_tasks(
     finally:
         logger.setLevel(level)
     return {f"{options.name}/{name}": value for name, value in _numbers(found).items()}
+
+
+@cache
+def _harness_tasks() -> TaskManager:
+    return TaskManager()
+
+
+def _tasks_for(options: LmEval) -> TaskManager:
+    """An index that has the tasks. Indexing the harness's own, thousands of files, takes seconds: only where needed."""
+
+    def missing(manager: TaskManager) -> list[str]:
+        return [task for task in options.tasks if task not in manager.all_tasks and not Path(task).is_file()]
+
+    own = TaskManager(include_path=options.include_path, include_defaults=False)
+    if not missing(own):
+        return own
+    manager = TaskManager(include_path=options.include_path) if options.include_path else _harness_tasks()
+    if unknown := missing(manager):
+        near = closest(unknown[0], [*own.all_tasks, *manager.all_tasks])
+        raise UserError(f"lm-evaluation-harness knows no task {unknown[0]!r}{near}")
+    return manager
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, float]:

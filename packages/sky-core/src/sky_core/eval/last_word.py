@@ -54,7 +54,7 @@ class Passage(NamedTuple):
 def last_word(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    dataset: Any = None,
+    _dataset: Any = None,
     autocast: Autocast = nullcontext,
     *,
     options: LastWord,

@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 def minimal_pairs(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    dataset: Any = None,
+    _dataset: Any = None,
     autocast: Autocast = nullcontext,
     *,
     options: MinimalPairs,

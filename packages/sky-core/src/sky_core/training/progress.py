@@ -72,7 +72,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 }
 """How a metric is written, in this order; any other is written with its own name, after the loss."""
 
-HIDDEN = frozenset({"tokens", "bytes", "seconds_per_step"})
+HIDDEN = frozenset({"tokens", "bytes", "sequences", "items", "chance", "seconds_per_step"})
+"""What a line leaves out, standard errors as well; so it does where this is the last part of a name (`cloze/items`)."""
+
 COMPARED = frozenset({"loss", "bits_per_byte"})
 
 
@@ -84,7 +86,10 @@ def describe(metrics: Mapping[str, float], before: Mapping[str, float] | None = 
         text = SHOWN[name](value) if name in SHOWN else f"{name} {value:.4g}"
         return f"{text} ({value - before[name]:+.3f})" if before and name in COMPARED and name in before else text
 
-    order = ["loss", *(name for name in metrics if name not in SHOWN and name not in HIDDEN), *SHOWN]
+    def hidden(name: str) -> bool:
+        return name.rpartition("/")[2] in HIDDEN or name.endswith("_stderr")
+
+    order = ["loss", *(name for name in metrics if name not in SHOWN and not hidden(name)), *SHOWN]
     return [text for name in dict.fromkeys(order) if name in metrics and (text := words(name))]
 
 
