@@ -160,6 +160,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return list(self._engine.encode(text, add_special_tokens=False).ids)
 
     def encode_spans(self, text: str) -> list[Span]:
+        """As of every tokenizer, but a token that is a part of a character is given the place of the whole."""
+        utf8(text)
         places = [0, *accumulate(len(character.encode()) for character in text)]
         found = self._engine.encode(text, add_special_tokens=False)
         return [(i, places[start], places[end]) for i, (start, end) in zip(found.ids, found.offsets, strict=True)]

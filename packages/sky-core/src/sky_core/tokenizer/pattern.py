@@ -45,7 +45,7 @@ PATTERNS = {
 }
 
 _OTHERWISE_IN_ONIGURUMA = regex.compile(
-    r"(?<!\\)(?:\\\\)*(?:\}\+|\^(?<!\[\^)|\$|&&|--|\|\||~~|\[\[|\\[mMKRXGNL<>]|\(\?(?!:|i:|=|!|<=|<!|>))"
+    r"(?<!\\)(?:\\\\)*(?:\{[\d,]+\}\+|\^(?<!\[\^)|\$|&&|--|\|\||~~|\[\[|\\[mMKRXGNL<>]|\(\?(?!:|i:|=|!|<=|<!|>))"
 )
 """What the engine of Hugging Face's tokenizers (Oniguruma, Ruby syntax) reads in another way than `regex`."""
 
