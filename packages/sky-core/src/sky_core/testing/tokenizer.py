@@ -109,6 +109,26 @@ class TokenizerContract(ComponentContract):
         for text in [*self.corpus, *(f"a{name}b" for name in tokenizer.special if self.any_text)]:
             assert not reserved & set(tokenizer.encode(text))
 
+    def test_a_special_token_is_read_by_its_name_where_that_is_asked_for(self, tokenizer: BuiltTokenizer) -> None:
+        for name, i in tokenizer.special.items():
+            assert tokenizer.encode_with_special(f"{TEXT[:4]}{name}{TEXT[:4]}").count(i) == 1
+        assert tokenizer.encode_with_special(TEXT) == tokenizer.encode(TEXT)
+
+    def test_places_of_tokens_tile_the_text(self, tokenizer: BuiltTokenizer) -> None:
+        text = "".join(f"{name}{TEXT}" for name in tokenizer.special) or TEXT
+        spans = tokenizer.encode_spans(text)
+        assert [i for i, _, _ in spans] == tokenizer.encode_with_special(text)
+        assert [*(start for _, start, _ in spans), len(text.encode())] == [0, *(end for _, _, end in spans)]
+
+    def test_the_chat_template_is_saved_and_changes_no_id(self, tokenizer: BuiltTokenizer, tmp_path: Path) -> None:
+        copy = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301 (our own bytes)
+        copy.chat_template = "{{ messages[0].content }}"
+        copy.save(tmp_path)
+        loaded = type(self.component).load(tmp_path)
+        assert loaded.chat_template == copy.chat_template
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.render_chat([{"role": "user", "content": TEXT}]) == TEXT
+
     def test_a_batch_encodes_as_its_texts_do(self, tokenizer: BuiltTokenizer) -> None:
         assert tokenizer.encode_batch(self.corpus) == [tokenizer.encode(text) for text in self.corpus]
 
