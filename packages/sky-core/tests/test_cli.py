@@ -219,7 +219,7 @@ def test_show_counts_what_is_really_built(lab: Any) -> None:
     model, tokenizer = sky_core.load(lab.train("train.steps=1").directory)
     assert sizes["parameters.total"] == sum(parameter.numel() for parameter in model.parameters())
     assert sizes["vocabulary"] == tokenizer.vocab_size
-    assert sizes["bytes_to_train"] == 16 * sizes["parameters.total"]
+    assert sizes["bytes_to_train"][0]["bytes"] == 16 * sizes["parameters.total"]
     assert sizes["flops_per_token"] > 6 * sizes["parameters.body"]
     assert sizes["data.train"]["bytes"] > 0
 

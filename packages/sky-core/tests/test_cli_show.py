@@ -24,7 +24,9 @@ CORE = [
     for kinds in load_plugins([]).catalog.values()
     for component in kinds.values()
     if component.__module__.startswith("sky_core.components.")
+    and (component.slot, component.kind) != ("dataset", "none")
 ]
+"""Core's parts, all but the data of a run that has none."""
 
 
 def linear() -> Any:
@@ -46,6 +48,20 @@ def prepared(form: str) -> str:
     return form
 
 
+def ranks() -> str:
+    from base64 import b64encode
+
+    Path("ranks.tiktoken").write_bytes(b"".join(b"%s %d\n" % (b64encode(bytes([i])), i) for i in range(256)))
+    return "ranks.tiktoken"
+
+
+def exported() -> str:
+    from sky_core.tokenizer.huggingface import write_huggingface
+
+    write_huggingface(tiny_tokenizer(), Path("exported"))
+    return "exported"
+
+
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "bpe": lambda: {"vocab_size": 260},
     "saved": lambda: {"path": saved()},
@@ -57,8 +73,18 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "fit": lambda: {"steps": 1, "batch_tokens": 16},
     "sentencepiece": lambda: {"vocab_size": 275},
+    "tiktoken": lambda: {"path": ranks()},
+    "huggingface": lambda: {"path": exported()},
+    "domains": lambda: {"path": "texts"},
+    "last_word": lambda: {"path": "texts"},
+    "cloze": lambda: {"path": "items.jsonl"},
+    "minimal_pairs": lambda: {"path": "items.jsonl"},
+    "lm_eval": lambda: {"tasks": ["arc_easy"]},
 }
 """Options that a kind needs to be built here."""
+
+NEEDS = {"sentencepiece": ["sentencepiece"], "huggingface": ["tokenizers"], "lm_eval": ["lm_eval", "datasets"]}
+"""Packages that a kind needs."""
 
 BUILD: dict[str, Callable[[Any], Any]] = {
     "model": lambda part: part.build(16),
@@ -66,7 +92,7 @@ BUILD: dict[str, Callable[[Any], Any]] = {
     "attention": lambda part: part.build(attention_spec(torch.nn.Identity())),
     "kernel": lambda part: part.build(),
     "feedforward": lambda part: part.build(layer_spec()),
-    "position": lambda part: part.build(32, 8, 16),
+    "position": lambda part: part.build(32, 8, 16, 4),
     "norm": lambda part: part.build(8),
     "tokenizer": lambda part: part.train([TEXT]),
     "dataset": lambda part: part.build(0, None),
@@ -85,8 +111,8 @@ BUILD: dict[str, Callable[[Any], Any]] = {
 def test_the_implementation_is_what_build_gives(
     component: type[Component], sky_sandbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if component.kind == "sentencepiece":
-        pytest.importorskip("sentencepiece", reason="needs sentencepiece")
+    for package in NEEDS.get(component.kind, ()):
+        pytest.importorskip(package, reason=f"needs {package}")
     name, file, line = implementation(component)
     module, _, attribute = name.rpartition(".")
     meant = getattr(importlib.import_module(module), attribute)

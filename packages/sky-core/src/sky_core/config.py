@@ -1,5 +1,7 @@
 """Run files: the schema of a run, how a file is read (extends, overrides, plugins), and how its errors are told.
 
+A file that says a model and nothing of a run is a model preset: it can be shown, and run files extend it.
+
 All problems of a file are reported at once, each with its place, its path, the value and the nearest right word.
 Nothing here imports torch.
 """
@@ -8,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
 from sky_core import slots
@@ -19,6 +21,8 @@ from sky_core.component import Component, Schema, Slot, _Slot, closest, json_sch
 from sky_core.errors import ConfigError
 from sky_core.plugins import load_plugins, loaded_plugins
 from sky_core.yaml_file import Lines, parse_value, read_yaml
+
+Table = TypeVar("Table", bound=Schema)
 
 
 class EvalSection(Schema):
@@ -56,10 +60,13 @@ class SampleSection(Schema):
     )
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="part of the run directory's name")]
+
+
 class Run(Schema):
     """A run file. Plugins may add top-level tables of their own (sections)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="part of the run directory's name")] = "run"
+    name: Name = "run"
     seed: Annotated[int, Field(ge=0, description="the run's only source of randomness")] = 1337
     out: Annotated[str, Field(description="folder that run directories are made in")] = "runs"
     tags: Annotated[list[str], Field(description="words to find the run by")] = []
@@ -100,6 +107,37 @@ class Run(Schema):
         return self.model_dump()
 
 
+class Preset(Schema):
+    """A model and what belongs to it: the run file of a model alone, for others to extend."""
+
+    name: Name = "preset"
+    plugins: Annotated[list[str] | None, Field(description="as in a run file")] = None
+    model: Annotated[Slot[slots.Model, Literal["decoder"]], Field(description="the architecture")]
+    tokenizer: Annotated[Slot[slots.Tokenizer] | None, Field(description="null: only its size is known")] = None
+    optimizer: Annotated[
+        Slot[slots.Optimizer, Literal["adamw"]], Field(description="whose state `sky show` counts")
+    ] = Field(default={}, validate_default=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, else rows of the model's embedding."""
+        sizes = (getattr(part, "vocab_size", None) for part in (self.tokenizer, self.model))
+        return next((size for size in sizes if size is not None), 0)
+
+    @model_validator(mode="after")
+    def _vocabulary_fits(self) -> Preset:
+        rows = getattr(self.model, "vocab_size", None)
+        if not self.vocab_size:
+            raise ValueError("a preset has no data to learn its vocabulary from: set model.vocab_size")
+        if rows is not None and rows < self.vocab_size:
+            raise ValueError(f"model.vocab_size: {rows} rows cannot hold the tokenizer's {self.vocab_size} ids")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved preset: reading it again gives the same preset."""
+        return self.model_dump()
+
+
 def run_schema() -> type[Run]:
     """`Run` with the sections of the loaded plugins."""
     sections = loaded_plugins().catalog["section"]
@@ -119,31 +157,57 @@ def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
 
     `overrides` are `dotted.path=value` strings. Raises `ConfigError` with every problem, or `PluginError`.
     """
-    path = Path(path)
-    data, lines = _read_extended(path, ())
+    return parse_run(*_read(path, overrides), base=Path(path).parent)
+
+
+def read_run_or_preset(path: str | Path, overrides: Iterable[str] = ()) -> Run | Preset:
+    """As `read_run`; a file with a model, but nothing that only a run has, is a preset."""
+    data, lines = _read(path, overrides)
+    if "model" in data and not data.keys() & (Run.model_fields.keys() - Preset.model_fields.keys()):
+        return parse_preset(data, lines, base=Path(path).parent)
+    return parse_run(data, lines, base=Path(path).parent)
+
+
+def _read(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Lines]:
+    """What a file and those it extends say, with overrides applied, and where each key stands."""
+    data, lines = _read_extended(Path(path), ())
     lines.setdefault((), str(path))
     for override in overrides:
         _apply(data, override, lines)
-    return parse_run(data, lines, base=path.parent)
+    return data, lines
 
 
 def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | None = None) -> Run:
     """Validate a run given as a mapping; `lines` places the errors, `base` is where loose plugin files are sought."""
+    data = _with_plugins(data, base)
+    run = _validate(run_schema(), data, lines)
+    _check_lengths(run)
+    loaded_plugins().hook.sky_configured(run=run)
+    return run
+
+
+def parse_preset(data: Mapping[str, Any], lines: Lines | None = None, base: Path | None = None) -> Preset:
+    """Validate a preset given as a mapping; as `parse_run`."""
+    return _validate(Preset, _with_plugins(data, base), lines)
+
+
+def _with_plugins(data: Mapping[str, Any], base: Path | None) -> Mapping[str, Any]:
+    """Load the plugins that `data` asks for; `data` with the places of loose files resolved."""
     plugins = data.get("plugins")
     if plugins is not None and not (isinstance(plugins, list) and all(isinstance(name, str) for name in plugins)):
         raise ConfigError(f"plugins: a list of names is needed, got {plugins!r}")
     if plugins is not None and base is not None:
         files = {name: str((base / name).resolve()) for name in plugins if name.endswith(".py")}
         data = {**data, "plugins": [files.get(name, name) for name in plugins]}
-    loaded = load_plugins(data.get("plugins"))
-    schema = run_schema()
+    load_plugins(data.get("plugins"))
+    return data
+
+
+def _validate(schema: type[Table], data: Mapping[str, Any], lines: Lines | None) -> Table:
     try:
-        run = schema.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_problems(error, schema, data, lines or {})) from None
-    _check_lengths(run)
-    loaded.hook.sky_configured(run=run)
-    return run
 
 
 def _check_lengths(run: Run) -> None:

@@ -261,13 +261,23 @@ class Schedule(Component):
 class Engine(Component):
     """Backward, step, precision, sharding, save and load. Offered through `sky_engines`.
 
-    `build()` returns a `sky_core.training.engine.Engine`.
+    `build()` returns a `sky_core.training.engine.Engine`. Engines that shard or cast what training holds say in
+    `memory` what is left on each process.
     """
 
     slot: ClassVar = "engine"
 
     @abstractmethod
     def build(self) -> BuiltEngine: ...
+
+    def memory(self, parameters: Mapping[str, int], state_bytes: int, precision: str, processes: int) -> int:
+        """Bytes that each of `processes` holds to train a model, activations left out (`sky show` prints them).
+
+        `parameters` are the model's counts (`LanguageModel.n_parameters`), all of them trained, and `state_bytes` what
+        the optimizer keeps of them. Here all of it is on each process: weights and gradients in fp32, the state, and in
+        "bf16" the copies of the body's matrices that autocast makes for a step.
+        """
+        return 8 * parameters["total"] + state_bytes + (2 * parameters["body"] if precision == "bf16" else 0)
 
 
 class Trainer(Component):

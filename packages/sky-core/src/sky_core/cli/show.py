@@ -14,15 +14,12 @@ import click
 
 from sky_core.cli.implementation import implementation
 from sky_core.cli.quiet import quiet
+from sky_core.cli.sizes import facts, measure, value_text
 from sky_core.component import Component, Schema
-from sky_core.config import Run, read_run, run_json_schema
+from sky_core.config import Preset, Run, read_run_or_preset, run_json_schema
 
 if TYPE_CHECKING:
     from rich.text import Text
-    from torch import nn
-
-BYTES_PER_PARAMETER = 16
-"""fp32 weight, gradient and two moments of AdamW; activations come on top."""
 
 PIPED_WIDTH = 100
 """Columns of the text where there is no terminal to ask."""
@@ -32,9 +29,13 @@ PIPED_WIDTH = 100
 @click.argument("run_file", type=click.Path())
 @click.argument("overrides", nargs=-1)
 def check(run_file: str, overrides: tuple[str, ...]) -> None:
-    """Check RUN_FILE: keys, types, ranges, plugins. Every problem is reported at once; exit code 2 if there is one."""
-    run = read_run(run_file, overrides)
-    click.echo(f"{run_file}: fine ({sum(1 for _ in components(run))} components)")
+    """Check RUN_FILE, a run file or a model preset: keys, types, ranges, plugins.
+
+    Every problem is reported at once; exit code 2 if there is one.
+    """
+    run = read_run_or_preset(run_file, overrides)
+    what = "a model preset, to be extended, " if isinstance(run, Preset) else ""
+    click.echo(f"{run_file}: {what}fine ({sum(1 for _ in components(run))} components)")
 
 
 @click.command()
@@ -60,8 +61,11 @@ def schema(out: Path | None) -> None:
 @click.option("--no-build", is_flag=True, help="Build neither data nor model: no parameter counts, and no torch.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(run_file: str, overrides: tuple[str, ...], no_build: bool, as_json: bool) -> None:
-    """Show RUN_FILE resolved: every slot, the class that fills it, where its code is, its options and its paper."""
-    run = read_run(run_file, overrides)
+    """Show RUN_FILE, a run file or a model preset, resolved.
+
+    Every slot, the class that fills it, where its code is, its options and its paper; then what the model amounts to.
+    """
+    run = read_run_or_preset(run_file, overrides)
     parts = list(components(run))
     rows = [_row(path, component) for path, component in parts]
     sizes: dict[str, Any] = {}
@@ -72,7 +76,8 @@ def show(run_file: str, overrides: tuple[str, ...], no_build: bool, as_json: boo
         with quiet():
             sizes = measure(run, rows)
     if as_json:
-        click.echo(json.dumps({"run": run.as_dict(), "components": rows, "model": sizes}, indent=1))
+        what = "preset" if isinstance(run, Preset) else "run"
+        click.echo(json.dumps({what: run.as_dict(), "components": rows, "model": sizes}, indent=1))
     else:
         _print(run, rows, {path: component.model_fields_set for path, component in parts}, sizes)
 
@@ -104,86 +109,21 @@ def _row(path: str, component: Component) -> dict[str, Any]:
 
 
 def _options(table: Schema) -> dict[str, Any]:
-    """The options of a table that are no parts or tables themselves, nor slots that stay empty."""
+    """The options of a table that are no parts, nor slots that stay empty, nor tables of a run."""
 
-    def part(value: Any) -> bool:
+    def option(value: Any) -> bool:
         items = value if isinstance(value, tuple | list) else [value]
-        return value == (None,) or any(isinstance(item, Schema) for item in items)
+        hidden = Component if isinstance(table, Component) else Schema
+        return value != (None,) and not any(isinstance(item, hidden) for item in items)
 
-    return {key: value for key, value in table if not part(value)}
-
-
-# ------------------------------------------------------------------------------------------------------------- sizes
-
-
-def measure(run: Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the run's model and data amount to; the model is built without memory for its weights.
-
-    Fills in the `parameters` of the rows: all of the model's, and of each part what no part inside of it holds.
-    """
-    import torch
-
-    dataset = run.data.build(run.seed, run.tokenizer)
-    with torch.device("meta"):
-        model = run.model.build(dataset.tokenizer.vocab_size)
-    parts = [row for row in rows if row["path"].startswith("model.")]
-    classes = {row["class"] for row in parts}
-    stateful = [module for module in model.modules() if _name(module) in classes and hasattr(module, "new_cache")]
-
-    def cache_bytes(dtype: torch.dtype) -> int:
-        states = [module.new_cache(1, model.max_length, torch.device("meta"), dtype) for module in stateful]
-        return sum(tensor.nbytes for state in states for tensor in state.tensors().values()) // model.max_length
-
-    counts = _parameters_by_class(model, classes)
-    for row in parts:
-        same = [other for other in parts if other["class"] == row["class"]]
-        # Tiled over the depth, parts of one class take turns.
-        modules = counts.get(row["class"], [])[next(i for i, one in enumerate(same) if one is row) :: len(same)]
-        row["parameters"] = sum(modules) if modules else None
-    count = model.n_parameters()
-    next(row for row in rows if row["path"] == "model")["parameters"] = count["total"]
-    tokenizer = dataset.tokenizer
-    return {
-        **{f"parameters.{name}": number for name, number in count.items()},
-        "vocabulary": tokenizer.vocab_size,
-        "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint},
-        "sequence_length": dataset.sequence_length,
-        "flops_per_token": model.flops_per_token(dataset.sequence_length),
-        "cache_bytes_per_token": {"fp32": cache_bytes(torch.float32), "bf16": cache_bytes(torch.bfloat16)},
-        "bytes_to_train": count["total"] * BYTES_PER_PARAMETER,
-        **{f"data.{name}": value for name, value in dataset.describe().items()},
-    }
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _parameters_by_class(model: nn.Module, classes: set[str]) -> dict[str, list[int]]:
-    """Class -> how many parameters each of its modules holds, in order; one counts for the innermost around it."""
-    counts: dict[str, list[int]] = {name: [] for name in classes}
-    seen = set()
-
-    def walk(module: nn.Module, owner: list[int], index: int) -> None:
-        if (name := _name(module)) in counts:
-            owner, index = counts[name], len(counts[name])
-            owner.append(0)
-        for parameter in module.parameters(recurse=False):
-            owner[index] += 0 if parameter in seen else parameter.numel()
-            seen.add(parameter)
-        for child in module.children():
-            if child not in seen:
-                seen.add(child)
-                walk(child, owner, index)
-
-    walk(model, [0], 0)
-    return counts
+    plain = {key: value for key, value in table if option(value)}
+    return {key: value.model_dump() if isinstance(value, Schema) else value for key, value in plain.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def _print(run: Run, rows: list[dict[str, Any]], given: dict[str, set[str]], sizes: dict[str, Any]) -> None:
+def _print(run: Run | Preset, rows: list[dict[str, Any]], given: dict[str, set[str]], sizes: dict[str, Any]) -> None:
     """Aligned, as wide as the terminal; in colour where there is one, options left at their defaults dimmed."""
     from rich.console import Console
     from rich.text import Text
@@ -203,7 +143,7 @@ def _print(run: Run, rows: list[dict[str, Any]], given: dict[str, set[str]], siz
             console.print(Text.assemble((("" if number else label).ljust(first), "bold"), line), soft_wrap=True)
 
     def options(table: dict[str, Any], given: set[str]) -> Text:
-        words = [Text(f"{key}={_value(value)}", "" if key in given else "dim") for key, value in table.items()]
+        words = [Text(f"{key}={value_text(value)}", "" if key in given else "dim") for key, value in table.items()]
         return Text(", ").join(words)
 
     for row in rows:
@@ -219,53 +159,16 @@ def _print(run: Run, rows: list[dict[str, Any]], given: dict[str, set[str]], siz
         if row["options"]:
             put("", options(row["options"], given[row["path"]]))
     if run.tokenizer is None:
-        facts = ""
-        if sizes:
-            own = sizes["tokenizer"]
-            facts = f": {own['kind']}, {sizes['vocabulary']:,} ids, fingerprint {own['fingerprint']}"
-        put("tokenizer", Text(f"the data's own{facts}"))
-    tables = {"run": run, **{name: value for name, value in run if type(value).__base__ is Schema}}
+        own = sizes.get("tokenizer")
+        known = f": {own['kind']}, {sizes['vocabulary']:,} ids, fingerprint {own['fingerprint']}" if own else ""
+        put("tokenizer", Text(f"of {run.vocab_size:,} ids" if isinstance(run, Preset) else f"the data's own{known}"))
+    what = "preset" if isinstance(run, Preset) else "run"
+    tables = {what: run, **{name: value for name, value in run if type(value).__base__ is Schema}}
     for name, table in tables.items():
         found = {key: value for key, value in _options(table).items() if value not in (None, [])}
         if found:
             put(name, options(found, table.model_fields_set))
     if sizes:
         console.print()
-        for label, line in _facts(sizes):
+        for label, line in facts(sizes):
             put(label, Text(line))
-
-
-def _facts(sizes: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(label, line) for each size of the model and fact of its data, for people."""
-    from sky_core.training.progress import memory, quantity
-
-    count = {name: quantity(sizes[f"parameters.{name}"]) for name in ("total", "body", "embedding")}
-    yield "parameters", f"{count['total']} ({count['body']} body, {count['embedding']} embedding)"
-    yield "FLOPs", f"{quantity(sizes['flops_per_token'])} per token of training, {sizes['sequence_length']} at a time"
-    cache = sizes["cache_bytes_per_token"]
-    yield "KV cache", f"{memory(cache['fp32'])} per token in fp32, {memory(cache['bf16'])} in bf16"
-    yield "memory", f"{memory(sizes['bytes_to_train'])} to train (weights, gradients, two moments); activations on top"
-    yield from _described("data", {key[5:]: value for key, value in sizes.items() if key.startswith("data.")})
-
-
-def _described(label: str, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """A line for the plain facts of a dataset, then those of each table inside."""
-    from sky_core.training.progress import quantity
-
-    def fact(name: str, value: Any) -> str:
-        if isinstance(value, bool | str):
-            return f"{name} {_value(value)}"
-        return f"{quantity(value)} {name}" if isinstance(value, int) else f"{name} {value:.3g}"
-
-    plain = [fact(name, value) for name, value in facts.items() if isinstance(value, int | float | str)]
-    if plain:
-        yield label, ", ".join(plain)
-    for name, value in facts.items():
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(item, dict):
-                yield from _described(f"{label}.{index if isinstance(value, list) else name}", item)
-
-
-def _value(value: Any) -> str:
-    """As a run file would have it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -146,6 +146,7 @@ class SwiGLU(slots.FeedForward):
 
     kind: ClassVar = "swiglu"
     paper: ClassVar = "arXiv:2002.05202"
+    implementation: ClassVar = "sky_core.model.feedforward:GatedMLP"
     d_ff: GatedWidth = None
 
     def build(self, spec: slots.LayerSpec) -> nn.Module:

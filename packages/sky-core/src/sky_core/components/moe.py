@@ -18,6 +18,7 @@ class MixtureOfExperts(slots.FeedForward):
 
     kind: ClassVar = "moe"
     paper: ClassVar = "arXiv:1701.06538"
+    implementation: ClassVar = "sky_core.model.moe:MixtureOfExperts"
 
     n_experts: Annotated[int, Field(ge=1, description="experts to choose from")] = 8
     top_k: Annotated[int, Field(ge=1, description="experts that a token passes")] = 2

@@ -1,12 +1,13 @@
 """Parameters, FLOPs and cache bytes of a model, by the formulas of the field.
 
-    training FLOPs per token = 6 (N_body + N_head) + 12 L h d_h T / 2
+    training FLOPs per token = 6 (N_body + N_head) + 12 h d_h Σ_layers S
 
 Kaplan et al. 2020 (arXiv:2001.08361, section 2.1) with the causal half of attention: 2 FLOPs per weight and token
-forward, 4 backward; QKᵀ and AV are 2 T h d_h each per layer, and a token sees T / 2 others on average. N_head = V D
+forward, 4 backward; QKᵀ and AV are 2 S h d_h each per layer, S the tokens that a token sees on average: T / 2, or
+W (1 - W / 2T) where only the newest W < T are seen. N_body leaves out experts that a token does not pass. N_head = V D
 whether the head is tied or not (it multiplies either way), and reading the embedding table costs nothing.
 
-L layers, h heads, d_h width of a head, T tokens, V vocabulary, D model width.
+h heads, d_h width of a head, T tokens, W window, V vocabulary, D model width.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ def idle_parameters(model: nn.Module) -> int:
     return sum(getattr(module, "idle_parameters", 0) for module in model.modules())
 
 
-def flops_per_token(body: int, head: int, n_layer: int, n_head: int, head_dim: int, sequence_length: int) -> float:
+def flops_per_token(
+    body: int, head: int, n_head: int, head_dim: int, sequence_length: int, windows: Iterable[int | None]
+) -> float:
     """Training FLOPs per token at `sequence_length`; `body` and `head` are numbers of parameters that a token passes
-    (`body` without the idle ones)."""
-    return 6.0 * (body + head) + 12.0 * n_layer * n_head * head_dim * sequence_length / 2
+    (`body` without the idle ones), `windows` the newest tokens that each attention layer sees (None: all)."""
+    length = float(sequence_length)
+    seen = (min(window or length, length) for window in windows)
+    return 6.0 * (body + head) + 12.0 * n_head * head_dim * sum(number * (1 - number / (2 * length)) for number in seen)
 
 
 def kv_bytes_per_token(n_layer: int, n_kv_head: int, head_dim: int, bytes_per_number: int) -> int:

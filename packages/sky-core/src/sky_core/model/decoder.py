@@ -286,6 +286,7 @@ class DecoderLM(LanguageModel):
 
     def flops_per_token(self, sequence_length: int) -> float:
         config = self.config
+        body = self.n_parameters()["body"] - count.idle_parameters(self)
         head = self.vocab_size * config.d_model * (1 + config.n_mtp)
-        shape = (config.n_layer + config.n_mtp, config.n_head, config.width_of_head)
-        return count.flops_per_token(self.n_parameters()["body"], head, *shape, sequence_length)
+        windows = [getattr(attention, "window", None) for attention in self._attentions]
+        return count.flops_per_token(body, head, config.n_head, config.width_of_head, sequence_length, windows)
