@@ -1,9 +1,12 @@
 """The contract of a tokenizer, held by those that are files of other programs."""
 
 from __future__ import annotations
+
 import base64
 from pathlib import Path
+
 import pytest
+
 from sky_core.components import tokenizer
 from sky_core.testing import TokenizerContract
 from sky_core.testing.tokenizer import CORPUS

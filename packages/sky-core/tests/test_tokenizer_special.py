@@ -143,6 +143,13 @@ def test_a_pretoken_that_is_a_piece_is_one_token_even_if_no_merge_leads_there() 
     assert TiktokenTokenizer(ranks).encode("abcd abcde") == [256, ord(" "), *b"abcde"]
 
 
+def test_a_symbol_that_was_merged_away_spells_nothing() -> None:
+    """`xa` goes first and takes the a of `ab`, which has the last id but one: Python's pieces[-2]."""
+    names = [bytes([i]) for i in range(256) if i not in b"az"] + [b"xa", b"ab", b"a", b"z"]
+    one = TiktokenTokenizer({piece: i for i, piece in enumerate(names)}, special=[], end_of_text=None)
+    assert [one.pieces[i] for i in one.encode("xab")] == [b"xa", b"b"]
+
+
 def test_equal_ways_to_spell_a_piece_go_from_left_to_right() -> None:
     class Spelled:
         def get(self, pair: tuple[int, int]) -> int | None:

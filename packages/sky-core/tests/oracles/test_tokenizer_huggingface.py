@@ -32,7 +32,7 @@ CORPUS = [TEXT * 3, NASTY * 2, "def add(a, b):\n\treturn a + b\n\n\nprint(add(1,
 text_of = (
     st.text(max_size=40)
     | st.text("theor aB19 '’\n\r\tſKé日\u0301\x1c\x85\u00a0▁<0x41>_", max_size=60)
-    | st.sampled_from([*CORPUS, "", " ", "<0x41>"])
+    | st.sampled_from([*CORPUS, "", " ", "<0x41>", "zzzz\nzzzz zzz"])
 )
 
 
