@@ -43,8 +43,8 @@ class NoData(Dataset):
 
     def build(self, seed: int, tokenizer: slots.Tokenizer | None) -> BuiltDataset:
         raise DataError(
-            "this run has no data (it was imported, not trained): train a run file that has `data:` and `init:` with this"
-            " run, or say which text to measure it on"
+            "this run has no data (it was imported, not trained): train a run file that has `data:`, and this run as"
+            " `init:`, or say which text to measure it on"
         )
 
 
@@ -104,6 +104,7 @@ class Text(Dataset):
     """Raw text, prepared when it is first used; kept in a cache that follows its content and the options here."""
 
     kind: ClassVar = "text"
+    tokenizes: ClassVar = True
     implementation: ClassVar = "sky_core.data.tokens:TokenFiles"
 
     path: Annotated[

@@ -105,10 +105,12 @@ def _dense(part: MixtureOfExperts, d_ff: int) -> Component:
 def differences(decoder: Decoder, one: Architecture, keys: Table) -> Iterator[str]:
     """Where a resolved decoder and the one that `keys` describe are not the same, in words."""
     c = Config(keys)
-    table = one.to_model(c)
-    c.done(one.harmless)
     try:
+        table = one.to_model(c)
         theirs = _flat(Decoder.model_validate(table))
+    except UserError as error:
+        yield str(error)
+        return
     except ValidationError as error:
         yield from (f"model.{problem}" for problem in problems(error, Decoder, table, {}))
         return
