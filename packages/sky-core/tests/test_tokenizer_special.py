@@ -180,6 +180,7 @@ def test_a_rank_file_is_read_saved_and_loaded(tmp_path: Path) -> None:
         (b"\xff\xfe 1\n", "line 1"),
         (b"not base64!\n", "line 1"),
         (b"YQ== 0\nYg== 0\n", "ranks must be different"),
+        (b"YQ== 999999999999\n", "ranks must be different, from 0 to"),
         (b"YQ== 0\n", "255 of the 256 bytes have no rank"),
         (b"", "256 of the 256 bytes"),
     ],

@@ -153,6 +153,15 @@ STYLES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "bert": (bert, {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}),
     "words": (words, {"eos_token": "</s>", "unk_token": "<unk>"}),
 }
+GAP = json.dumps(
+    {
+        "added_tokens": [
+            {"id": 99, "content": "<s>", "special": True}
+            | dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+        ],
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }
+)
 LOSSLESS = {"gpt2", "llama3", "llama2", "gemma"}
 
 
@@ -287,6 +296,11 @@ def test_without_a_configuration_the_end_of_text_goes_by_its_name(tmp_path: Path
         ({"tokenizer.json": "{"}, r"tokenizer\.json: it is damaged"),
         ({"tokenizer.json": "{}"}, "no Hugging Face tokenizer.json"),
         ({"tokenizer.json": '{"model": {"type": "Magic", "vocab": {}}}'}, "cannot read it"),
+        (
+            {"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"a": 4000000000}, "unk_token": "a"}}'},
+            "damaged",
+        ),
+        ({"tokenizer.json": GAP}, "'<s>' has the id 99, the package tokenizers gives it 1"),
         ({"tokenizer_config.json": "["}, r"tokenizer_config\.json is damaged"),
         ({"tokenizer_config.json": "[]"}, r"tokenizer_config\.json is damaged"),
         ({"tokenizer_config.json": '{"eos_token": "<nowhere>"}'}, "'<nowhere>' is not in its vocabulary"),

@@ -145,7 +145,7 @@ def show(folder: Path, text: str | None, as_json: bool) -> None:
         return
     text = _standard_input() if text == "-" else text
     ids = built.encode(text)
-    pieces = [built.decode_bytes([i]).decode("utf-8", errors="backslashreplace") for i in ids]
+    pieces = [built.piece_bytes(i).decode("utf-8", errors="backslashreplace") for i in ids]
     size = len(text.encode())
     facts |= {"tokens": len(ids), "bytes": size, "bytes_per_token": round(size / max(1, len(ids)), 3)}
     if as_json:

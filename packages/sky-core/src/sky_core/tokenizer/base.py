@@ -17,6 +17,9 @@ from sky_core.tokenizer.files import fingerprint_of, read_chat_template, read_to
 END_OF_TEXT = "<|endoftext|>"
 """The special token between documents, unless a tokenizer names another one."""
 
+MOST_IDS = 1 << 24
+"""No vocabulary is larger: an id beyond comes of a damaged file, and tables as long would fill the memory."""
+
 Span = tuple[int, int, int]
 """A token in a text: its id, and the UTF-8 bytes from which and up to which it goes."""
 

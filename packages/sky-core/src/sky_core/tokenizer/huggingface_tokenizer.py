@@ -13,6 +13,9 @@ How much comes back. `decode(encode(text)) == text` for byte-level BPE without a
 at most a space put in front of the text (then `token_bytes` of a text add up to one byte more). It can't where the
 file itself rewrites text: lower case, Unicode normal forms, WordPiece, unknown tokens. There `encode` gives the file's
 ids and `decode` the library's text, and `lossless` is false.
+
+The file decides. Some classes of transformers (LlamaTokenizer, Qwen2Tokenizer) take vocabulary and merges from it and
+build the rest anew; where a file says otherwise than its class, they differ from us and from the library.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any, Self, cast
 
 from sky_core.errors import DataError, UserError
 from sky_core.files import write_atomic
-from sky_core.tokenizer.base import Span, Tokenizer, utf8
+from sky_core.tokenizer.base import MOST_IDS, Span, Tokenizer, utf8
 from sky_core.tokenizer.files import FILE, FORMAT, read_chat_template, read_tokenizer
 from sky_core.tokenizer.huggingface_decoder import reading
 
@@ -90,9 +93,17 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         if missing := [name for name in (*names, end_of_text, bos) if name is not None and name not in vocab]:
             raise DataError(f"the special token {missing[0]!r} is not in its vocabulary: use files of one tokenizer")
+        for token in self._definition.get("added_tokens", []):
+            if (i := vocab.get(token["content"])) != token["id"]:
+                raise DataError(
+                    f"its added token {token['content']!r} has the id {token['id']}, the package tokenizers gives it "
+                    f"{i}: the ids have gaps; put the token into the model's vocabulary"
+                )
         added = self._engine.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in sorted(added.items()) if token.special}
         self._vocab_size = max(vocab.values(), default=-1) + 1
+        if self._vocab_size > MOST_IDS:
+            raise DataError(f"it has the id {self._vocab_size - 1:,}, more than any model has; the file is damaged")
         self._names = {i: name for name, i in vocab.items()}
         self._literal = {i for i, token in added.items() if not token.special}
         self._reading = reading(self._definition.get("decoder"))
@@ -115,7 +126,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if vocab == model["vocab"]:
             engine = make_engine(self.text, self.names)
         else:
-            added = [{**token, "content": rename(token["content"])} for token in self._definition["added_tokens"]]
+            added = [
+                {**token, "content": rename(token["content"])} for token in self._definition.get("added_tokens", [])
+            ]
             engine = make_engine(
                 json.dumps(
                     {

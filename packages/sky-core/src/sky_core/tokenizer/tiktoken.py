@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sky_core.errors import DataError, UserError
-from sky_core.tokenizer.base import END_OF_TEXT, PieceTokenizer, utf8
+from sky_core.tokenizer.base import END_OF_TEXT, MOST_IDS, PieceTokenizer, utf8
 from sky_core.tokenizer.bpe import Pair, Remembered, merge
 from sky_core.tokenizer.byte import BYTES
 from sky_core.tokenizer.pattern import compile_pattern, split
@@ -42,8 +42,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             shown = line[:40].decode("utf-8", errors="replace")
             raise DataError(f"{path}: line {number} is no new base64 piece and its rank: {shown!r}") from None
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values(), default=0) < 0:
-        raise DataError(f"{path}: ranks must be different and at least 0; the file is damaged")
+    if len(set(ranks.values())) < len(ranks) or not all(0 <= rank < MOST_IDS for rank in ranks.values()):
+        raise DataError(f"{path}: ranks must be different, from 0 to {MOST_IDS - 1:,}; the file is damaged")
     if missing := [byte for byte in BYTES if byte not in ranks]:
         raise DataError(f"{path}: {len(missing)} of the 256 bytes have no rank, so some text could not be written")
     return ranks
@@ -82,7 +82,7 @@ class TiktokenTokenizer(PieceTokenizer):
             special = {name: first + i for i, name in enumerate(special)}
         taken = set(self.ranks.values())
         for name, i in special.items():
-            if i in taken or i < 0 or not name:
+            if i in taken or not 0 <= i < MOST_IDS or not name:
                 raise UserError(f"special: {name!r} cannot have the id {i}; ids from {first} on are free")
             taken.add(i)
         if end_of_text is not None and end_of_text not in special:
