@@ -14,6 +14,7 @@ from torch import nn
 from sky_core.components.moe import MixtureOfExperts
 from sky_core.model import count, grouped
 from sky_core.model.grouped import grouped_linear
+from sky_core.model.init import init_weights
 from sky_core.testing import FeedForwardContract
 from sky_core.testing.workbench import assert_close, context, fresh, layer_spec, noise, shaken
 
@@ -166,7 +167,7 @@ def test_the_log_says_once_which_way_is_used(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level("INFO"):
         for d_ff in (8, 8, 6, 6):
             built(n_experts=4, d_ff=d_ff)(noise(1, 5, 32), context(1, 5))
-    fast = ["experts: torch's grouped_mm"] if hasattr(torch.nn.functional, "grouped_mm") else []
+    fast = ["experts: torch's grouped_mm in torch.float32 on cpu"] if hasattr(torch.nn.functional, "grouped_mm") else []
     assert [record.message for record in caplog.records][: len(fast)] == fast
     assert len([record for record in caplog.records if "padded batches" in record.message]) == 1
 
@@ -270,6 +271,9 @@ def test_names_shapes_and_start_values() -> None:
     for name, factor in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 6**-0.5)):
         # initializer_range 0.3, 3 layers; the deviation of 49,152 numbers is known to 1 / sqrt(2 * 49152) = 0.3 %
         assert getattr(layer.experts, name).std().item() == pytest.approx(0.3 * factor, rel=0.02)
+    init_weights(layer, 0.3, 3, width_ratio=4.0, zero_residual=True)
+    assert layer.experts.up_proj.std().item() == pytest.approx(0.15, rel=0.02)
+    assert not layer.experts.down_proj.any()
     plain = fresh(MixtureOfExperts(n_experts=4, d_ff=24).build, layer_spec())
     assert "gate.e_score_correction_bias" not in plain.state_dict()
 

@@ -128,6 +128,12 @@ def test_muon_takes_experts_and_leaves_nothing_out(lab: Any) -> None:
     assert sorted(members) == sorted(id(parameter) for _, parameter in named)
 
 
+def test_the_flops_of_a_token_are_those_of_the_experts_that_it_passes() -> None:
+    few, many = (tiny_model(61, feedforward={**MOE, "n_experts": n}) for n in (2, 64))
+    routers = 6.0 * 2 * 62 * 16  # two layers, 62 more rows of width 16
+    assert many.flops_per_token(64) - few.flops_per_token(64) == routers
+
+
 def test_decoding_with_a_cache_equals_the_whole_pass() -> None:
     model = tiny_model(61, feedforward=MOE)
     tokens_BT = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sky_core.components.moe import MixtureOfExperts
+from sky_core.model.init import init_weights
 from sky_core.testing.workbench import context, layer_spec
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -127,8 +128,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(name: str) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_balancing_loss_is_that_of_the_reference(top_k: int, padded: bool) -> None:
     layer = MixtureOfExperts(n_experts=8, top_k=top_k, d_ff=F, norm_topk=False, aux_loss=1.0).build(layer_spec())
-    nn.init.normal_(layer.gate.weight)
-    layer.experts.init_weights()
+    init_weights(layer, 1.0, 3)
     x_BTD = torch.randn(2, 31, D, generator=torch.Generator().manual_seed(1))
     counts = [31, 12]
     ctx = context(2, 31, counts=counts if padded else None)

@@ -2,11 +2,12 @@
 
     y[n] = x[n] @ w[e]    for offsets[e - 1] <= n < offsets[e]: rows in the order of their groups; groups may be empty
 
-Two ways, equal up to the order of sums: torch's `grouped_mm` (one kernel for all groups), and where it does not take
-the operands (float64, rows that are no multiple of 16 bytes, an older torch) one batched product over groups padded to
-the longest. Both are one operator to `torch.compile`, whose own idea of `grouped_mm` is bfloat16 alone.
+Two ways, equal up to the order of sums: torch's `grouped_mm` (one kernel for all groups), and where it is not for the
+operands (bfloat16 on CPUs, float64, rows that are no multiple of 16 bytes, an older torch) one batched product over
+groups padded to about the longest. Both are one operator to `torch.compile`, whose own idea of `grouped_mm` is bfloat16
+alone.
 
-N rows, K and M widths, E groups, C rows of the longest group.
+N rows, K and M widths, E groups, C rows that groups are padded to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
+KINDS = {"torch.float32 on cpu"} | {f"torch.{dtype} on cuda" for dtype in ("float32", "bfloat16", "float16")}
+"""Where `grouped_mm` is used. Not in bfloat16 on CPUs: there oneDNN compiles each length of a group anew and keeps it,
+gigabytes after a hundred steps, for no gain in speed."""
 ALIGNMENT = 16
 """Bytes that the length of a row must be a multiple of."""
 
@@ -82,18 +86,18 @@ _grouped.register_autograd(_backward, setup_context=_keep)
 
 
 def _fits(x_NK: torch.Tensor, *widths: int) -> bool:
-    """Whether torch's `grouped_mm` takes rows of that type and these widths."""
+    """Whether torch's `grouped_mm` is the way for rows of that type and these widths."""
+    kind, size = f"{x_NK.dtype} on {x_NK.device.type}", x_NK.element_size()
     if not hasattr(F, "grouped_mm"):
         _say("padded batches: this torch has no grouped_mm")
-        return False
-    if x_NK.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    if any(width * x_NK.element_size() % ALIGNMENT for width in widths):
-        step = ALIGNMENT // x_NK.element_size()
-        _say(f"padded batches: grouped_mm needs d_model and d_ff to be multiples of {step} in {x_NK.dtype}")
-        return False
-    _say("torch's grouped_mm")
-    return len(x_NK) > 0
+    elif kind not in KINDS:
+        _say(f"padded batches: grouped_mm is not used for {kind}")
+    elif any(width * size % ALIGNMENT for width in widths):
+        _say(f"padded batches: grouped_mm needs d_model and d_ff to be multiples of {ALIGNMENT // size} in {kind}")
+    else:
+        _say(f"torch's grouped_mm in {kind}")
+        return len(x_NK) > 0
+    return False
 
 
 @cache
@@ -102,15 +106,20 @@ def _say(way: str) -> None:
 
 
 def _places(offsets_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(group of each row, its place in the group, rows of the longest group)."""
+    """(group of each row, its place in the group, rows to pad groups to).
+
+    The longest group, rounded up to one of four lengths an octave, so that few shapes come up and kernels are reused.
+    """
     ends_E = offsets_E.long()
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     e_N = torch.repeat_interleave(counts_E)
     c_N = torch.arange(len(e_N), device=e_N.device) - (ends_E - counts_E)[e_N]
-    return e_N, c_N, int(counts_E.max())
+    longest = int(counts_E.max())
+    step = 1 << max((longest - 1).bit_length() - 3, 0)
+    return e_N, c_N, -(-longest // step) * step
 
 
-def _padded(x_NK: torch.Tensor, e_N: torch.Tensor, c_N: torch.Tensor, groups: int, longest: int) -> torch.Tensor:
-    x_ECK = x_NK.new_zeros(groups, longest, x_NK.shape[1])
+def _padded(x_NK: torch.Tensor, e_N: torch.Tensor, c_N: torch.Tensor, groups: int, rows: int) -> torch.Tensor:
+    x_ECK = x_NK.new_zeros(groups, rows, x_NK.shape[1])
     x_ECK[e_N, c_N] = x_NK
     return x_ECK

@@ -1,6 +1,7 @@
 """Initialisation in one place (Radford et al. 2019, GPT-2, section 2.3).
 
-    weights of linear layers and embeddings    N(0, std²), std = initializer_range
+    weights of linear layers and embeddings    N(0, std²), std = initializer_range; likewise each of the matrices that
+                                               a module called `experts` holds as stacks
     of those, o_proj and down_proj             N(0, (std / sqrt(2 n_layer))²): each layer adds to the residual stream
                                                twice, so its variance stays that of one addition;
                                                or 0 (`zero_residual`): the model starts as its embedding and head alone
@@ -36,11 +37,16 @@ def init_weights(
     if own is not None:
         own()
         return
+    matrices: dict[str, nn.Parameter] = {}
     if isinstance(module, nn.Linear | nn.Embedding):
+        matrices = {name: module.weight}
+    elif name == "experts":
+        matrices = dict(module.named_parameters(recurse=False))
+    for matrix_name, weight in matrices.items():
         scale = std if isinstance(module, nn.Embedding) or name == "lm_head" else std / width_ratio**0.5
-        if name in RESIDUAL:
+        if matrix_name in RESIDUAL:
             scale = 0.0 if zero_residual else scale / (2 * n_layer) ** 0.5
-        nn.init.normal_(module.weight, std=scale)
+        nn.init.normal_(weight, std=scale)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
     for child_name, child in module.named_children():

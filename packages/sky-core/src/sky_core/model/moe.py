@@ -11,7 +11,8 @@ and sums in one order on every device.
 Relative to the papers: experts, router and shared experts have no biases, whatever the model's `bias`. Padding
 (`ctx.valid_BT`) passes as other tokens do, without effect on them, and counts in no load and no loss.
 
-Initialisation (of GPT-2, as everywhere): gate_proj, up_proj and router N(0, std²), down_proj N(0, std² / (2 n_layer)).
+The start values of all of them are those of linear layers, drawn by `sky_core.model.init`: a module called `experts`
+holds matrices in stacks.
 
 B batch, T time, N = B T tokens, D model width, E experts, K = top_k, R = N K rows, F hidden units of an expert.
 """
@@ -39,15 +40,9 @@ class Experts(nn.Module):
     def __init__(self, spec: LayerSpec, n_experts: int, d_ff: int, activation: Activation) -> None:
         super().__init__()
         self.activation = activation
-        self.std, self.n_layer = spec.initializer_range, spec.n_layer
         self.gate_proj = nn.Parameter(torch.empty(n_experts, d_ff, spec.d_model))
         self.up_proj = nn.Parameter(torch.empty(n_experts, d_ff, spec.d_model))
         self.down_proj = nn.Parameter(torch.empty(n_experts, spec.d_model, d_ff))
-
-    def init_weights(self) -> None:
-        nn.init.normal_(self.gate_proj, std=self.std)
-        nn.init.normal_(self.up_proj, std=self.std)
-        nn.init.normal_(self.down_proj, std=self.std / (2 * self.n_layer) ** 0.5)
 
     def forward(self, x_RD: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
         """y_RD of rows in the order of their experts; `offsets_E` is where the rows of each expert end."""
