@@ -18,7 +18,7 @@ from sky_core.training.groups import is_hidden_matrix
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "models"
 MLA = f"plugins=[{Path(__file__).with_name('mla_plugin.py')}]"
-"""Stands for the plugin that will bring DeepSeek-V3's attention."""
+"""Stands in for the plugin that brings DeepSeek-V3's attention."""
 
 PARAMETERS = {
     "gpt2-124m": 124_439_808,
@@ -116,8 +116,8 @@ def test_attention_that_core_lacks_is_one_clear_line_until_a_plugin_brings_it(la
     assert (told.code, told.out) == (2, "")
     assert len(told.err.splitlines()) == 1
     assert "deepseek-v3.yaml:13: model.attention: no attention called 'mla' (have: full" in told.err
-    latent = 512 + 64  # numbers of each token and layer, the latent and the key that all heads share
-    assert sizes("deepseek-v3")["cache_bytes_per_token"]["bf16"] == 61 * latent * 2
+    # The layer that stands in for it here keeps the keys and values of each head, not the latent.
+    assert sizes("deepseek-v3")["cache_bytes_per_token"]["bf16"] == 61 * 128 * (128 + 64 + 128) * 2
 
 
 # ------------------------------------------------------------------------------------------------ counting

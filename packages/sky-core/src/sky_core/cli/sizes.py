@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
@@ -39,8 +39,11 @@ def measure(run: Run | Preset, rows: Sequence[dict[str, Any]] = ()) -> dict[str,
 
     from sky_core.model.count import idle_parameters
 
-    dataset = run.data.build(run.seed, run.tokenizer) if isinstance(run, Run) else None
-    vocab_size = run.vocab_size if isinstance(run, Preset) else dataset.tokenizer.vocab_size
+    if isinstance(run, Preset):
+        dataset, vocab_size = None, run.vocab_size
+    else:
+        dataset = run.data.build(run.seed, run.tokenizer)
+        vocab_size = dataset.tokenizer.vocab_size
     with torch.device("meta"):
         model = run.model.build(vocab_size)
     _count_parts(model, rows)
@@ -157,7 +160,7 @@ def _engines(run: Run | Preset) -> Iterator[Engine]:
     for kind, engine in active_catalog()["engine"].items():
         if own is None or kind != own.kind:
             try:
-                yield engine()
+                yield cast("Engine", engine())
             except ValidationError:
                 continue  # it has options that only a run file can choose
 
