@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sky_core.components.tokenizer import Byte, Saved
+from sky_core.components.tokenizer import Byte, Char, Saved
 from sky_core.errors import DataError, UserError
 from sky_core.tokenizer.base import Tokenizer
 from sky_core.tokenizer.chat import encode_chat_with_mask, read_template
@@ -59,6 +60,11 @@ def test_the_template_travels_with_the_tokenizer_and_not_with_its_fingerprint(
         plain.render_chat(MESSAGES)
 
 
+def texts_that_nobody_reads() -> Iterator[str]:
+    raise AssertionError("the template is read first")
+    yield
+
+
 def test_a_template_is_a_name_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text(
@@ -68,6 +74,8 @@ def test_a_template_is_a_name_or_a_file(tmp_path: Path) -> None:
     assert one.render_chat(MESSAGES) == "False <|endoftext|>héllo <b>&"
     with pytest.raises(UserError, match=r"no chat template called 'chatlm' \(have: chatml\)"):
         read_template("chatlm")
+    with pytest.raises(UserError, match="no chat template called"):
+        Char(chat_template="chatlm").train(texts_that_nobody_reads())
     path.write_text("{% if %}")
     with pytest.raises(UserError, match="no Jinja template: line 1"):
         read_template(str(path))

@@ -30,7 +30,7 @@ class Char(WithChatTemplate):
         from sky_core.tokenizer.char import CharTokenizer
 
         options = self.model_dump(exclude={"chat_template"})
-        return self.with_template(CharTokenizer.train(texts, **options))
+        return self.with_template(lambda: CharTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -51,7 +51,7 @@ class Byte(WithChatTemplate):
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.byte import ByteTokenizer
 
-        return self.with_template(ByteTokenizer(end_of_text=self.end_of_text, special=self.special))
+        return self.with_template(lambda: ByteTokenizer(end_of_text=self.end_of_text, special=self.special))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -77,7 +77,7 @@ class Bpe(WithChatTemplate):
         from sky_core.tokenizer.bpe import BpeTokenizer
 
         options = self.model_dump(exclude={"chat_template"})
-        return self.with_template(BpeTokenizer.train(texts, **options))
+        return self.with_template(lambda: BpeTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -108,9 +108,9 @@ class SentencePiece(WithChatTemplate):
         from sky_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
         if self.model is not None:
-            return self.with_template(SentencePieceTokenizer.from_model_file(Path(self.model)))
+            return self.with_template(lambda: SentencePieceTokenizer.from_model_file(Path(self.model)))
         options = self.model_dump(exclude={"chat_template", "model"})
-        return self.with_template(SentencePieceTokenizer.train(texts, **options))
+        return self.with_template(lambda: SentencePieceTokenizer.train(texts, **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -138,7 +138,7 @@ class Tiktoken(WithChatTemplate):
         from sky_core.tokenizer.tiktoken import TiktokenTokenizer
 
         options = {"pattern": self.pattern, "special": self.special, "end_of_text": self.end_of_text}
-        return self.with_template(TiktokenTokenizer.from_file(Path(self.path), **options))
+        return self.with_template(lambda: TiktokenTokenizer.from_file(Path(self.path), **options))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -159,7 +159,7 @@ class HuggingFace(WithChatTemplate):
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
         from sky_core.tokenizer.huggingface import read_huggingface
 
-        return self.with_template(read_huggingface(self.path))
+        return self.with_template(lambda: read_huggingface(self.path))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:
@@ -177,7 +177,7 @@ class Saved(WithChatTemplate):
     path: Annotated[str, Field(min_length=1, description="folder with the tokenizer.json")]
 
     def train(self, texts: Iterable[str]) -> BuiltTokenizer:
-        return self.with_template(self.load(Path(self.path)))
+        return self.with_template(lambda: self.load(Path(self.path)))
 
     @classmethod
     def load(cls, folder: Path) -> BuiltTokenizer:

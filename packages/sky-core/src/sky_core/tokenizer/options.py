@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
@@ -50,10 +51,12 @@ class WithChatTemplate(Tokenizer):
             if key not in ("special", "chat_template") or value != fields[key].default
         }
 
-    def with_template(self, tokenizer: BuiltTokenizer) -> BuiltTokenizer:
-        """`tokenizer` with the template asked for, if one is."""
-        if self.chat_template is not None:
-            from sky_core.tokenizer.chat import read_template
+    def with_template(self, make: Callable[[], BuiltTokenizer]) -> BuiltTokenizer:
+        """The tokenizer that `make` gives, with the template asked for, which is read before the work begins."""
+        from sky_core.tokenizer.chat import read_template
 
-            tokenizer.chat_template = read_template(self.chat_template)
+        template = None if self.chat_template is None else read_template(self.chat_template)
+        tokenizer = make()
+        if template is not None:
+            tokenizer.chat_template = template
         return tokenizer
