@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def encode_chat_with_mask(
 
     That is what the template writes inside `{% generation %}`. Raises `UserError` for a template without such a block.
     """
-    if not _compiled(_template_of(tokenizer)).environment.marks:
+    if not _compiled(_template_of(tokenizer))[0].marks:
         raise UserError(
             "the chat template does not say what the assistant says: write {% generation %} and {% endgeneration %} "
             "around that"
@@ -121,6 +122,7 @@ class _Generation(Extension):
     """`{% generation %}`: tells the sandbox where in the text its content stands."""
 
     tags = {"generation"}
+    environment: _Sandbox
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -150,7 +152,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        for node in chain.from_iterable(map(tree.find_all, (nodes.For, nodes.Macro, nodes.CallBlock))):
             step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             node.body.insert(0, nodes.Output([step]).set_lineno(node.lineno))
             if isinstance(node, nodes.For) and node.test is not None:
@@ -180,9 +182,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 @lru_cache(maxsize=64)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str) -> tuple[_Sandbox, jinja2.Template]:
+    sandbox = _Sandbox()
     try:
-        return _Sandbox().from_string(template)
+        return sandbox, sandbox.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from None
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
@@ -202,7 +205,7 @@ def _render(
     tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool, variables: Mapping[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text, and where in it (in characters) the generation blocks are."""
-    template = _compiled(_template_of(tokenizer))
+    sandbox, template = _compiled(_template_of(tokenizer))
     names = {i: name for name, i in tokenizer.special.items()}
     ends = {"bos_token": tokenizer.bos, "eos_token": tokenizer.end_of_text}
     given = {
@@ -213,7 +216,7 @@ def _render(
         "messages": [_plain(dict(message)) for message in messages],
         "add_generation_prompt": add_generation_prompt,
     }
-    state = template.environment.state
+    state = sandbox.state
     state.left, state.length, state.places = STEPS, 0, []
     parts = []
     try:

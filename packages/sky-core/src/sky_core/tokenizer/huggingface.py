@@ -45,8 +45,8 @@ def read_huggingface(path: str | Path) -> HuggingFaceTokenizer:
         raise DataError(f"{file} is damaged: not UTF-8 (byte {error.start}); get it again") from None
     companions = read_companions(folder)
     config: dict[str, Any] = {}
-    for name, content in reversed(companions.items()):  # what tokenizer_config.json says counts
-        config |= _object(content, folder / name)
+    for companion, content in reversed(companions.items()):  # what tokenizer_config.json says counts
+        config |= _object(content, folder / companion)
     try:
         parse(text)
         engine = make_engine(text)

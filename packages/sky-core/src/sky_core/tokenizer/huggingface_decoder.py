@@ -33,8 +33,8 @@ def reading(decoder: Mapping[str, Any] | None) -> Reading | None:
         return Reading(from_visible, False, True)
     if not kinds or not kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         return None
-    replaced = [
-        (step.get("pattern", {}).get("String"), step.get("content")) for step in steps if step["type"] == "Replace"
+    replaced: list[tuple[Any, str]] = [
+        (step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"
     ]
     replaced += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
     strips = [step for step in steps if step["type"] == "Strip"]

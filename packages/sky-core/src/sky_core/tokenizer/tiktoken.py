@@ -125,7 +125,7 @@ class TiktokenTokenizer(PieceTokenizer):
 
     def _pairs(self) -> Iterator[Pair]:
         get = self.ranks.get
-        for piece in sorted(self.ranks, key=get):
+        for piece in filter(None, self.pieces):
             halves = ((get(piece[:cut]), get(piece[cut:])) for cut in range(1, len(piece)))
             yield from sorted((left, right) for left, right in halves if left is not None and right is not None)
 
