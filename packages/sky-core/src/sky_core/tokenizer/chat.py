@@ -17,7 +17,6 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -152,7 +151,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for node in chain.from_iterable(map(tree.find_all, (nodes.For, nodes.Macro, nodes.CallBlock))):
+        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *tree.find_all(nodes.For), *tree.find_all(nodes.Macro), *tree.find_all(nodes.CallBlock),
+        ]  # fmt: skip
+        for node in repeated:
             step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             node.body.insert(0, nodes.Output([step]).set_lineno(node.lineno))
             if isinstance(node, nodes.For) and node.test is not None:
