@@ -142,6 +142,12 @@ def test_a_window_bounds_what_a_token_is_counted_to_see(window: int | None) -> N
     assert abs(counted - seen) <= 0.5  # the formula's T / 2 for (T + 1) / 2
 
 
+def test_the_windows_of_a_models_layers_count() -> None:
+    windowed, full = sizes("mistral-7b"), sizes("mistral-7b", "model.attention.window=null")
+    unseen = 32768 / 2 - 4096 * (1 - 4096 / (2 * 32768))
+    assert full["flops_per_token"] - windowed["flops_per_token"] == pytest.approx(12 * 4096 * 32 * unseen)
+
+
 def test_windows_bound_what_is_seen_of_the_cache() -> None:
     counted = sizes("gemma-2-2b")
     context = counted["cache_bytes_of_context"]["bf16"]
