@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import Field, ValidationError, create_model, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from sky_core import slots
 from sky_core.component import Component, Schema, Slot, _Slot, closest, json_schema
 from sky_core.errors import ConfigError
+from sky_core.origin import with_model, with_tokenizer
 from sky_core.plugins import load_plugins, loaded_plugins
 from sky_core.yaml_file import Lines, parse_value, read_yaml
 
@@ -32,6 +33,17 @@ class EvalSection(Schema):
     tasks: Annotated[list[Slot[slots.Eval]], Field(description="what is measured")] = Field(
         default=["loss"], validate_default=True
     )
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, tasks: list[slots.Eval]) -> list[slots.Eval]:
+        names = [str(getattr(task, "name", task.kind)) for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError(
+                    "twice", "two evaluations are called {name}; give one another `name`", {"name": repr(name)}
+                )
+        return tasks
 
 
 class CheckpointSection(Schema):
@@ -73,10 +85,10 @@ class Run(Schema):
     plugins: Annotated[
         list[str] | None, Field(description="plugins to load (names, `name>=1.0`, ./file.py); null: all installed")
     ] = None
-    model: Annotated[Slot[slots.Model, Literal["decoder"]], Field(description="the architecture")] = Field(
-        default={}, validate_default=True
-    )
-    init: Annotated[str | None, Field(description="start from the weights of this run or folder")] = None
+    model: Annotated[
+        Slot[slots.Model, Literal["decoder"]], Field(description="the architecture; left out: that of `init`, if any")
+    ] = Field(default={}, validate_default=True)
+    init: Annotated[str | None, Field(description="start from the weights of this run, checkpoint or hf:DIR")] = None
     adapters: Annotated[list[Slot[slots.Adapter]], Field(description="changes attached to the model")] = []
     tokenizer: Annotated[
         Slot[slots.Tokenizer] | None, Field(description="null: the one that the data was made with")
@@ -179,8 +191,8 @@ def _read(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], L
 
 def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | None = None) -> Run:
     """Validate a run given as a mapping; `lines` places the errors, `base` is where loose plugin files are sought."""
-    data = _with_plugins(data, base)
-    run = _validate(run_schema(), data, lines)
+    data = with_model(_with_plugins(data, base))
+    run = with_tokenizer(_validate(run_schema(), data, lines))
     _check_lengths(run)
     loaded_plugins().hook.sky_configured(run=run)
     return run
@@ -207,7 +219,7 @@ def _validate(schema: type[Table], data: Mapping[str, Any], lines: Lines | None)
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_problems(error, schema, data, lines or {})) from None
+        raise ConfigError(problems(error, schema, data, lines or {})) from None
 
 
 def _check_lengths(run: Run) -> None:
@@ -291,7 +303,8 @@ def _set(node: Any, key: str | int, value: Any, override: str) -> None:
         node[key] = value
 
 
-def _problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
+def problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
+    """What is wrong with a table, in lines: path, place, value, what would be right."""
     found = []
     for detail in error.errors():
         place = next(
@@ -325,7 +338,7 @@ def _explain(detail: ErrorDetails, schema: type[Schema], data: Any) -> str:
     if detail["type"] == "missing":
         return "this key is needed"
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] in ("value_error", "unknown_kind", "slot", "no_kind"):
+    if detail["type"] in ("value_error", "unknown_kind", "slot", "no_kind") or isinstance(detail["input"], Mapping):
         return message
     return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
 

@@ -1,8 +1,8 @@
 """What a run starts from (`init:`): its model and tokenizer as a run file would have them. Torch-free.
 
-A run file with `init:` and no `model:` has the model of what it starts from; `model: {kind: init, dropout: 0.1}` changes
-single options of it. Text that is tokenized on the fly is so by the tokenizer of what it starts from, unless the run file
-names one; data that was prepared before has its own, which must be the same one.
+A run file with `init:` and no `model:` has the model of what it starts from; `model: {kind: init, dropout: 0.1}`
+changes single options of it. Text that is tokenized on the fly is so by the tokenizer of what it starts from, unless
+the run file names one; data that was prepared before has its own, which must be the same one.
 """
 
 from __future__ import annotations

@@ -207,10 +207,12 @@ class Dataset(Component):
     """Where training and validation sequences come from. Offered through `sky_datasets`.
 
     `build(seed, tokenizer)` returns a `sky_core.data.dataset.Dataset`. `tokenizer` is the run file's `tokenizer:`
-    component, or None when the run file leaves it to the data.
+    component, or None when the run file leaves it to the data. `tokenizes` says whether `build` makes ids of text
+    itself: a run that starts from another one (`init:`) then has the tokenizer of that one.
     """
 
     slot: ClassVar = "dataset"
+    tokenizes: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, seed: int, tokenizer: Tokenizer | None) -> BuiltDataset: ...

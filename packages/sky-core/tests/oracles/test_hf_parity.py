@@ -1,7 +1,8 @@
 """Every architecture computes what transformers computes with the same files, and its files come back as they were.
 
-Always through saved files: in memory transformers fuses experts, and names and shapes of a file are what counts. Weights
-are ten times as large as usual, gains and biases random, the router's bias not zero: a fresh model hides errors.
+Always through saved files: in memory transformers fuses experts, and names and shapes of a file are what counts.
+Weights are ten times as large as usual, gains and biases random, the router's bias not zero: a fresh model hides
+errors.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def choose(model: LanguageModel, wanted: str | None = None) -> tuple[Architectur
     """
     decoder = resolved(model)
     tried = [ARCHITECTURES[name] for name in ([architecture(wanted).model_type] if wanted else ARCHITECTURES)]
-    nearest: tuple[Architecture, list[str]] | None = None
+    nearest: tuple[tuple[bool, int], Architecture, list[str]] | None = None
     for one in tried:
         keys = {
             **one.to_config(decoder),
@@ -46,18 +46,17 @@ def choose(model: LanguageModel, wanted: str | None = None) -> tuple[Architectur
             "tie_word_embeddings": decoder.tie_embeddings,
             "initializer_range": decoder.initializer_range,
         }
-        different = list(differences(decoder, one, keys))
+        different, describes = differences(decoder, one, keys)
         if not different:
             return one, decoder, keys
-        if nearest is None or len(different) < len(nearest[1]):
-            nearest = one, different
+        if nearest is None or (not describes, len(different)) < nearest[0]:
+            nearest = (not describes, len(different)), one, different
     assert nearest is not None
-    one, different = nearest
+    _, one, different = nearest
     more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-    head = f"{one.model_type} cannot hold this model" if wanted else "no Hugging Face architecture is this model"
-    raise UserError(
-        f"{head}{'' if wanted else f'; the nearest, {one.model_type}, differs in'}: {'; '.join(different[:3])}{more}"
-    )
+    head = f"{one.model_type} cannot hold this model: " if wanted else "no Hugging Face architecture is this model; the"
+    beside = "" if wanted else f" nearest, {one.model_type}, differs in "
+    raise UserError(f"{head}{beside}{'; '.join(different[:3])}{more}")
 
 
 def resolved(model: LanguageModel) -> Decoder:
@@ -102,23 +101,23 @@ def _dense(part: MixtureOfExperts, d_ff: int) -> Component:
     return kinds[part.activation].model_validate({"d_ff": d_ff}) if part.activation in kinds else part
 
 
-def differences(decoder: Decoder, one: Architecture, keys: Table) -> Iterator[str]:
-    """Where a resolved decoder and the one that `keys` describe are not the same, in words."""
+def differences(decoder: Decoder, one: Architecture, keys: Table) -> tuple[list[str], bool]:
+    """Where a resolved decoder is not the one that `keys` describe, in words, and whether they describe one at all."""
     c = Config(keys)
     try:
         table = one.to_model(c)
-        theirs = _flat(Decoder.model_validate(table))
+        other = Decoder.model_validate(table)
     except UserError as error:
-        yield str(error)
-        return
+        return [str(error)], False
     except ValidationError as error:
-        yield from (f"model.{problem}" for problem in problems(error, Decoder, table, {}))
-        return
-    ours = _flat(decoder)
-    for path in dict.fromkeys([*ours, *theirs]):
-        mine, other = ours.get(path), theirs.get(path)
-        if mine != other:
-            yield f"model.{path} ({mine!r} here, {other!r} there)"
+        return [f"model.{problem}" for problem in problems(error, Decoder, table, {})], False
+    c.done(one.harmless)
+    ours, theirs = _flat(decoder), _flat(other)
+    return [
+        f"model.{path} ({ours.get(path)!r} here, {theirs.get(path)!r} there)"
+        for path in dict.fromkeys([*ours, *theirs])
+        if ours.get(path) != theirs.get(path)
+    ], True
 
 
 def _flat(decoder: Decoder) -> dict[str, Any]:

@@ -24,6 +24,7 @@ PLAIN: dict[str, Table] = {
     "gelu": {"kind": "gelu"},
     "gelu_new": {"kind": "gelu", "approximate": "tanh"},
     "gelu_pytorch_tanh": {"kind": "gelu", "approximate": "tanh"},
+    "gelu_fast": {"kind": "gelu", "approximate": "tanh"},
     "relu": {"kind": "relu"},
     "relu2": {"kind": "relu2"},
 }
