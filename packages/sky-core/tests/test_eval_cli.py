@@ -122,10 +122,15 @@ def test_evaluating_again_adds_to_the_table_of_the_same_weights(a_run: RunDirect
     kept = json.loads(table.read_text())["results"]
     assert "loss" in kept
     assert kept["minimal_pairs/items"] == 2
+    (tmp_path / "pairs.jsonl").write_text('{"good": "the cat", "bad": "cat the"}\n')
+    run_eval("--task", "minimal_pairs", "--data", str(tmp_path / "pairs.jsonl"))
+    kept = json.loads(table.read_text())["results"]
+    assert "loss_stderr" in kept
+    assert "minimal_pairs/accuracy_stderr" not in kept, "nothing is left of what was measured anew"
     (a_run.path / "checkpoints" / "step_000040" / "MANIFEST.json").write_text('{"trained": "anew"}')
     run_eval("--task", "minimal_pairs", "--data", str(tmp_path / "pairs.jsonl"))
     assert "loss" not in json.loads(table.read_text())["results"]
-    assert len(a_run.events()) == 3
+    assert len(a_run.events()) == 4
 
 
 def test_tasks_are_chosen_by_kind(a_run: RunDirectory) -> None:

@@ -225,6 +225,12 @@ def test_the_likelier_sentence_is_preferred(lines: Callable[..., str]) -> None:
     assert found["minimal_pairs/start/items"] == 1
 
 
+def test_the_probability_of_a_sentence_is_not_divided_by_its_length(lines: Callable[..., str]) -> None:
+    path = lines({"good": "z", "bad": "ab" * 50})
+    # one byte at 0.1 / 256 costs 7.8 nats, a hundred at 0.9 cost 10.5
+    assert MinimalPairs(path=path).build()(Parrot("aba"), BYTES, None)["minimal_pairs/accuracy"] == 1
+
+
 def test_sentences_may_follow_a_text(lines: Callable[..., str]) -> None:
     path = lines({"good": "b", "bad": "a"})
     assert MinimalPairs(path=path).build()(Parrot("abcb"), BYTES, None)["minimal_pairs/accuracy"] == 0

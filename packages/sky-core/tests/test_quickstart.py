@@ -57,7 +57,7 @@ def test_it_trains_evaluates_samples_and_says_what_to_type_next(lab: Any) -> Non
     told = lab.sky("quickstart", *TINY)
     assert told.code == 0, told.err
     assert re.search(r"^this machine: [\d,]+ tokens/s: 4 steps, \d\.\d minutes$", told.err, re.M)
-    assert told.out.startswith("nats/token")
+    assert re.match(r"task .*\nvalidation  nats/token ", told.out)
     assert [prompt for prompt in quickstart.PROMPTS if f"--- {prompt!r}" in told.out] == list(quickstart.PROMPTS)
     (run,) = Path("runs").iterdir()
     assert "done at step 4\n" in told.out
@@ -68,7 +68,7 @@ def test_it_trains_evaluates_samples_and_says_what_to_type_next(lab: Any) -> Non
 def test_a_run_that_time_cuts_short_is_evaluated_all_the_same(lab: Any) -> None:
     told = lab.sky("quickstart", *TINY, "train.steps=1000", "train.max_minutes=1e-9")
     assert told.code == 0, told.err
-    assert told.out.startswith("nats/token")
+    assert re.match(r"task .*\nvalidation  nats/token ", told.out)
     assert "stopped at step 1 (max_minutes" in told.out
 
 

@@ -58,7 +58,7 @@ BOOTSTRAPS = 1000
 
 
 @register_model("sky")
-class SkyLM(TemplateLM):  # type: ignore[misc]
+class SkyLM(TemplateLM):
     """A sky model as the harness sees it.
 
     `run` is whatever `sky_core.load` takes; or `model` and `tokenizer` are given with `autocast`, as they are.

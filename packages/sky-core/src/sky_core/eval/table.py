@@ -2,8 +2,9 @@
 
 Evaluations give flat names (`task/metric`, `task/part/metric`; the validation loss just `metric`); `..._stderr` belongs
 to the metric it is named after, `items` or `sequences` say what it was taken over. Beside events.jsonl a run keeps one
-table per checkpoint, evals/step_000500.json and .md. Evaluating a checkpoint again replaces what is measured again and
-keeps the rest; a checkpoint that was trained anew starts a new table. Imports no torch.
+table per checkpoint, evals/step_000500.json and .md. Evaluating a checkpoint again replaces the tasks (and parts of
+them) that are measured again and keeps the others; a checkpoint that was trained anew starts a new table. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def lines_of(results: Mapping[str, Any]) -> list[Line]:
                 UNITS.get(metric, metric),
                 value,
                 results.get(f"{name}_stderr"),
-                None if n is None or not sized else int(n),
+                None if n is None or not sized or metric in SIZES else int(n),
             )
         )
     return lines
@@ -83,7 +84,8 @@ def write_table(run: Path, checkpoint: Path, results: Mapping[str, Any]) -> Path
     manifest = sha256(checkpoint / "MANIFEST.json")
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if before.get("manifest_sha256") == manifest:
-        results = {**before["results"], **results}
+        again = {_task(name) for name in results}
+        results = {name: value for name, value in before["results"].items() if _task(name) not in again} | dict(results)
     lines = lines_of({name: float("nan") if value is None else value for name, value in results.items()})
     write_json(
         path,
@@ -98,6 +100,11 @@ def write_table(run: Path, checkpoint: Path, results: Mapping[str, Any]) -> Path
     precision = f"\nComputed in {results['precision']}.\n" if "precision" in results else ""
     write_atomic(path.with_suffix(".md"), title + as_markdown(lines) + precision)
     return path.with_suffix(".md")
+
+
+def _task(name: str) -> str:
+    """What is measured together: a task or part of one; a metric of no task with its standard error."""
+    return name.rpartition("/")[0] or name.removesuffix("_stderr")
 
 
 def _cells(line: Line) -> tuple[str, ...]:
