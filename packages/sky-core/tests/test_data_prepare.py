@@ -24,6 +24,7 @@ from sky_core.data.prepare import in_validation, prepare
 from sky_core.data.prepared import META, Meta, map_file
 from sky_core.data.read import Corpus, Document
 from sky_core.errors import DataError, SkyError
+from sky_core.tokenizer.byte import ByteTokenizer
 from sky_core.tokenizer.files import load_tokenizer
 
 BYTE = Byte().train(())
@@ -45,6 +46,27 @@ def decoded(folder: Path, split: str) -> list[str]:
     tokens = np.fromfile(folder / f"{split}.bin", meta.dtype)
     ends = np.fromfile(folder / f"{split}.idx", "<u8").astype(int).tolist()
     return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+class Prefixed(ByteTokenizer):
+    """Bytes of a model that saw every text behind a token of its own."""
+
+    @property
+    def prompt_prefix(self) -> tuple[int, ...]:
+        return (self.vocab_size - 1,)
+
+
+@pytest.mark.parametrize("split", ["document", "position"])
+def test_a_document_begins_as_prompts_do(tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "PIECE", 50)  # a document is encoded in several pieces, the prefix comes once
+    documents, tokenizer = corpus(10), Prefixed(special=["<|bos|>"])
+    meta = prepare(documents, tmp_path / "out", tokenizer, validation=0.3, split=split)
+    for name, facts in meta.splits.items():
+        tokens = np.fromfile(tmp_path / "out" / f"{name}.bin", meta.dtype).tolist()
+        begins = [0, *[i + 1 for i, token in enumerate(tokens[:-1]) if token == tokenizer.end_of_text]]
+        found = [i for i, token in enumerate(tokens) if token == tokenizer.vocab_size - 1]
+        assert found == begins[-len(found) :]
+        assert len(found) in ({facts.documents, facts.documents - 1} if split == "position" else {facts.documents})
 
 
 def test_every_document_comes_back_from_the_split_it_belongs_to(tmp_path: Path) -> None:

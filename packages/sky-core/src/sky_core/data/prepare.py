@@ -125,11 +125,13 @@ def in_validation(document_id: str, fraction: float) -> bool:
 
 
 class _Part(NamedTuple):
-    """A document, or a part of one. `ends`: the document ends here; `complete`: and its end is the true one."""
+    """A document, or a part of one. `begins`: it is the document's first; `ends`: the document ends here; `complete`:
+    and its end is the true one."""
 
     split: str
     text: str
     source: str
+    begins: bool = True
     ends: bool = True
     complete: bool = True
 
@@ -157,7 +159,7 @@ def _by_position(documents: Iterable[Document], border: int, total: int) -> Iter
         if before:
             yield _Part("train", before, document.source, complete=not after)
         if after:
-            yield _Part("validation", after, document.source)
+            yield _Part("validation", after, document.source, begins=not before)
         left -= len(document.text)
         seen += len(document.text)
     if seen != total:
@@ -187,7 +189,7 @@ def _pieces(part: _Part) -> Iterator[_Part]:
             cut = text.rfind("\n", 1, cut)
         cut = cut + 1 if cut > 0 else PIECE
         yield part._replace(text=text[:cut], ends=False, complete=False)
-        text = text[cut:]
+        part, text = part._replace(begins=False), text[cut:]
     yield part._replace(text=text)
 
 
@@ -220,6 +222,8 @@ class _Encode:
                 ids = self.tokenizer.encode(part.text)
             except UserError as error:
                 raise DataError(f"{part.source}: {error}") from error
+            if part.begins:
+                ids = [*self.tokenizer.prompt_prefix, *ids]
             if part.complete and self.tokenizer.end_of_text is not None:
                 ids = [*ids, self.tokenizer.end_of_text]
             encoded.append((part.split, np.array(ids, self.dtype), len(part.text.encode()), part.ends))
