@@ -197,9 +197,12 @@ def test_what_is_no_weight_is_left_out(checkpoint: Any) -> None:
 
 def test_further_layers_of_deepseek_are_its_further_tokens(checkpoint: Any) -> None:
     folder = checkpoint("deepseek_v3")
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}))
-    change(folder, num_nextn_predict_layers=1)
+    further = {"model.layers.3.eh_proj.weight": torch.zeros(2, 2), "model.layers.3.mlp.x.weight": torch.zeros(1)}
+    rewrite(folder, lambda tensors: tensors.update(further))
     assert read(folder).model.n_layer == 3
+    change(folder, num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"model.layers.2.* is none of its tensors"):
+        read(folder)
 
 
 def test_a_tied_head_may_be_in_the_file_as_long_as_it_is_the_embedding(checkpoint: Any) -> None:

@@ -128,7 +128,7 @@ def test_a_model_that_is_named_is_the_one_that_is_trained(lab: Any, folder: Path
 
 def test_data_of_another_tokenizer_is_refused(lab: Any, folder: Path) -> None:
     tune(lab, init=f"hf:{folder}", tokenizer="byte")
-    with pytest.raises(UserError, match="init: .* was trained with tokenizer"):
+    with pytest.raises(UserError, match=r"init: .* was trained with tokenizer"):
         lab.train()
     assert not list(Path("runs").glob("*"))
 

@@ -25,7 +25,7 @@ def words(text: str) -> frozenset[str]:
 # a caller gets back, and heads of other tasks; generation, as old files have it.
 HARMLESS = words("""
     _name_or_path name_or_path architectures model_type transformers_version dtype torch_dtype tokenizer_class auto_map
-    unsloth_fixed unsloth_version
+    unsloth_fixed unsloth_version is_llama_config transformers.js_config max_sequence_length
     bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id unk_token_id
     attention_dropout hidden_dropout classifier_dropout output_router_logits router_aux_loss_coef pretraining_tp
     use_cache cache_implementation output_attentions output_hidden_states return_dict use_return_dict torchscript
@@ -50,6 +50,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
     "rope_scaling": (None,),
+    "rope_interleaved": (False,),
 }
 """Keys that change nothing as long as they have one of these values."""
 

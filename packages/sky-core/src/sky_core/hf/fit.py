@@ -71,8 +71,8 @@ def resolved(model: LanguageModel) -> Decoder:
         )
     if model.adapters:
         raise UserError("this model has adapters, which a Hugging Face checkpoint cannot hold; merge them first")
-    feedforward = []
-    for i, block in enumerate(model.layers):  # type: ignore[arg-type]
+    feedforward: list[Component] = []
+    for i, block in enumerate(model.layers):
         part, module = config.feedforward[i % len(config.feedforward)], block.mlp
         if isinstance(part, MixtureOfExperts):
             if hasattr(module, "experts"):

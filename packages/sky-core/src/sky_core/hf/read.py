@@ -90,7 +90,7 @@ def _names(files: TensorFiles, one: Architecture, decoder: Decoder, groups: list
     given = {one.renamed.get(name, name): name for name in files.shapes}
     if bare:
         given = {name if name in wanted else one.prefix + name: own for name, own in given.items()}
-    ignored = [re.compile(pattern) for pattern in one.not_read(decoder)]
+    ignored = [re.compile(pattern) for pattern in one.not_read(decoder, given)]
     given = {name: own for name, own in given.items() if not any(pattern.fullmatch(name) for pattern in ignored)}
     head, embedding = (
         next(rule.theirs for rule in one.rules(decoder) if rule.ours == name)

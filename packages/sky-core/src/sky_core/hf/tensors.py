@@ -110,7 +110,7 @@ def write_tensors(
             filled = 0
         shards[-1].append((sizes, make))
         filled, total = filled + size, total + size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: tensor for _, make in shard for name, tensor in make().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from sky_core.component import Component
@@ -71,8 +71,8 @@ class Architecture(ABC):
     def rules(self, decoder: Decoder) -> Sequence[Rule]:
         return LLAMA_RULES
 
-    def not_read(self, decoder: Decoder) -> tuple[str, ...]:
-        """As `ignored`, for a certain model."""
+    def not_read(self, decoder: Decoder, names: Iterable[str]) -> tuple[str, ...]:
+        """As `ignored`, for a certain model and what its file holds."""
         return self.ignored
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+from sky_core.components.layers import SwiGLU
 from sky_core.components.model import Decoder
 from sky_core.components.moe import MixtureOfExperts
 from sky_core.components.position import Rope
@@ -43,7 +45,8 @@ def experts_config(decoder: Decoder) -> tuple[MixtureOfExperts, list[int]]:
 
 def dense_width(decoder: Decoder, default: int) -> int:
     """Hidden units of the layers without experts."""
-    return next((p.d_ff for p in decoder.feedforward if p.kind == "swiglu"), default)  # type: ignore[attr-defined]
+    part = first(decoder.feedforward, SwiGLU)
+    return default if part is None else int(part.d_ff)
 
 
 class Mixtral(Architecture):
@@ -245,9 +248,10 @@ class DeepseekV3(Architecture):
     def rules(self, decoder: Decoder) -> Sequence[Rule]:
         return EXPERT_RULES
 
-    def not_read(self, decoder: Decoder) -> tuple[str, ...]:
-        later = "|".join(str(decoder.n_layer + i) for i in range(8))
-        return (*self.ignored, rf"model\.layers\.({later})\..*")
+    def not_read(self, decoder: Decoder, names: Iterable[str]) -> tuple[str, ...]:
+        layers = (re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in names)
+        further = [found[1] for found in layers if found and int(found[1]) >= decoder.n_layer]
+        return (*self.ignored, *(rf"model\.layers\.{layer}\..*" for layer in further))
 
 
 def sharpened(scale: float, factor: float, mscale_all_dim: float) -> float:
