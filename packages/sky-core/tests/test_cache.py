@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from sky_core.model.cache import Cache, KVCache
+from sky_core.errors import UserError
+from sky_core.model.cache import Cache, KVCache, LayerCache
 from sky_core.model.context import Context
 
 
@@ -54,6 +56,41 @@ def test_emptied_rows_have_length_zero_and_the_rest_stays() -> None:
     cache.advance([3, 2])
     cache.reset([0])
     assert cache.lengths == [0, 2]
+
+
+def test_rows_go_back_and_write_over_what_they_left() -> None:
+    cache, layer = empty()
+    layer.update(ones(2, 5, 1.0), ones(2, 5, 1.0), passed(cache, 5))
+    cache.advance([5, 5])
+    cache.rollback([2, 4])
+    assert cache.lengths == [2, 4]
+    k, _ = layer.update(ones(2, 1, 2.0), ones(2, 1, 2.0), passed(cache, 1))
+    assert k[0, 0, :3, 0].tolist() == [1, 1, 2]
+    assert k[1, 0, :5, 0].tolist() == [1, 1, 1, 1, 2]
+    with pytest.raises(ValueError, match=r"rows of \[2, 4\] tokens cannot go back to \[3, 4\]"):
+        cache.rollback([3, 4])
+
+
+def test_a_state_goes_back_only_if_it_says_so() -> None:
+    class Sum(KVCache):
+        rewind = LayerCache.rewind
+
+    cache, layer = empty()
+    cache.memories = [Sum(layer.k_BHSE, layer.v_BHSE)]
+    with pytest.raises(UserError, match="Sum cannot take tokens back"):
+        cache.rollback(cache.lengths)
+
+
+def test_joined_rows_are_those_of_the_first_then_those_of_the_second() -> None:
+    (first, one), (second, two) = empty(batch=1), empty(batch=2)
+    one.k_BHSE.fill_(1.0)
+    two.k_BHSE.fill_(2.0)
+    first.advance([3])
+    second.advance([1, 2])
+    both = first.join(second)
+    assert both.lengths == [3, 1, 2]
+    assert both.layers[0].tensors()["k"][:, 0, 0, 0].tolist() == [1, 2, 2]
+    assert both.memories == [None]
 
 
 def test_bytes_are_those_of_all_tensors() -> None:

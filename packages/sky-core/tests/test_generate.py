@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from sky_core.components.generation import Greedy, Sample
 from sky_core.errors import SkyError, UserError
-from sky_core.generation.decode import Piece, generate_tokens, join, prefill, step, stream_tokens
-from sky_core.generation.text import generate
+from sky_core.generation.decode import generate_tokens, stream_tokens
+from sky_core.generation.passes import prefill, step
+from sky_core.generation.row import Piece
+from sky_core.generation.text import encode_prompts, generate
 from sky_core.generation.text_stream import TextStream
 from sky_core.model.cache import Cache
 from sky_core.model.language_model import LanguageModel
@@ -57,6 +59,15 @@ class Scripted(LanguageModel):
 
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
         return Cache([0] * batch, max_length or self.max_length, [], [])
+
+    def compile_layers(self, **options: Any) -> None:
+        raise NotImplementedError
+
+    def n_parameters(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        raise NotImplementedError
 
 
 def say(text: str | bytes, **options: Any) -> str:
@@ -338,7 +349,7 @@ def test_joined_caches_go_on_as_each_alone(model: LanguageModel) -> None:
         first, second = model.new_cache(1), model.new_cache(2)
         prefill(model, [RAGGED[0]], first)
         prefill(model, RAGGED[1:3], second)
-        both = join(first, second)
+        both = first.join(second)
         assert both.lengths == [len(prompt) for prompt in RAGGED[:3]]
         together = step(model, torch.tensor([7, 8, 9]), both)
         apart = torch.cat([step(model, torch.tensor([7]), first), step(model, torch.tensor([8, 9]), second)])
@@ -392,6 +403,17 @@ def test_an_empty_prompt_starts_from_the_end_of_text(model: LanguageModel) -> No
     )
     with pytest.raises(UserError, match="give a prompt"):
         generate(model, ByteTokenizer(end_of_text=False), "")
+
+
+def test_prompts_begin_as_the_tokenizer_begins_a_text(model: LanguageModel) -> None:
+    class Begun(ByteTokenizer):
+        prompt_prefix = (7,)
+
+    assert encode_prompts(Begun(), ["a", ""]) == [[7, 97], [7]]
+    assert encode_prompts(Begun(end_of_text=False), [""]) == [[7]]
+    assert generate(model, Begun(), "a", temperature=0, max_new_tokens=10) == generate(
+        model, BYTES, "\x07a", temperature=0, max_new_tokens=10
+    )
 
 
 @pytest.mark.parametrize(

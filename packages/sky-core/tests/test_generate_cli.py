@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from sky_core import api
 from sky_core.cli.sample import sample
 from sky_core.errors import UserError
+from sky_core.generation import drafts
 from sky_core.generation.text import generate
 from sky_core.model.language_model import LanguageModel
 from sky_core.tokenizer.byte import ByteTokenizer
@@ -51,8 +52,24 @@ def test_json_holds_every_sample_of_every_prompt(tiny_model: LanguageModel, tmp_
     assert [record["text"] for record in records] == generate(
         tiny_model, BYTES, ["a", "a", "é\n", "é\n"], max_new_tokens=5
     )
-    assert records[0].keys() == {"prompt", "text", "tokens", "logprobs", "finish"}
+    assert records[0].keys() == {"prompt", "text", "tokens", "logprobs", "finish", "proposed", "accepted"}
     assert records[0]["finish"] == "length"
+
+
+@pytest.mark.parametrize("flags", [["lookup"], ["other", "--draft-tokens", "2"]])
+def test_a_draft_gives_the_same_greedy_text(
+    tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.setattr(drafts, "load", lambda source: (tiny_model, BYTES))
+    arguments = ["--prompt", "to be", "--temperature", "0", "--max-new-tokens", "20", "--json"]
+    [plain], [drafted] = json.loads(run(*arguments)), json.loads(run(*arguments, "--draft", *flags))
+    assert drafted["tokens"] == plain["tokens"]
+    assert plain["proposed"] == 0 < drafted["proposed"]
+
+
+def test_a_draft_that_cannot_serve_is_refused() -> None:
+    with pytest.raises(UserError, match="no modules of multi-token prediction"):
+        run("--prompt", "a", "--draft", "mtp")
 
 
 def test_several_samples_are_told_apart() -> None:

@@ -167,6 +167,16 @@ def test_the_penalty_comes_before_temperature_and_counts_for_greedy_too() -> Non
     torch.testing.assert_close(warm.truncated(penalised).softmax(-1), (penalised / 0.5).softmax(-1))
 
 
+def test_the_stated_probabilities_are_those_after_every_processor() -> None:
+    sampler = TokenSampler(temperature=0.7, top_k=4, top_p=0.9, min_p=0.01, repetition_penalty=1.4)
+    penalised = sampling.repetition_penalty(LOGITS, [[1]], 1.4)
+    expected = sampler.truncated(penalised).softmax(-1, dtype=torch.float64)
+    assert torch.equal(sampler.probabilities(LOGITS, [[1]]), expected)
+    greedy = TokenSampler(temperature=0, repetition_penalty=4.0)
+    assert greedy.probabilities(LOGITS, [[0]]).tolist() == [[0, 1, 0, 0, 0]]
+    assert greedy.probabilities(LOGITS, [[0]]).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     "option",
     [{"temperature": -0.1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -1}, {"repetition_penalty": 0}],

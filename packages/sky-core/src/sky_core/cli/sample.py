@@ -27,6 +27,8 @@ from sky_core.cli.quiet import quiet
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
 @click.option("--n", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--draft", help="Guess ahead with a smaller run of the same tokenizer, or with: lookup, mtp.")
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Tokens to guess ahead.")
 @click.option("--stream/--no-stream", default=True, help="Show text as it comes (one sample only).")
 @click.option("--json", "as_json", is_flag=True, help="Print prompt, text, tokens, log-probabilities and why it ended.")
 def sample(
@@ -42,12 +44,15 @@ def sample(
     stop: tuple[str, ...],
     seed: int,
     n: int,
+    draft: str | None,
+    draft_tokens: int,
     stream: bool,
     as_json: bool,
 ) -> None:
     """Sample text from RUN: a run directory, a run's name or unique prefix, @last, @best, or name@step.
 
-    Without a prompt the text starts as a document does.
+    Without a prompt the text starts as a document does. With --draft one pass of RUN may bring several tokens; the
+    text is distributed as without it, and a line at the end says how many guesses were right.
     """
     import json
     from dataclasses import asdict
@@ -55,6 +60,7 @@ def sample(
     from sky_core.api import load
     from sky_core.errors import UserError
     from sky_core.generation.decode import generate_tokens, stream_tokens
+    from sky_core.generation.drafts import make_draft
     from sky_core.generation.text import encode_prompts, make_sampler
 
     sampler = make_sampler(
@@ -69,8 +75,10 @@ def sample(
     texts = [text for text in texts or [""] for _ in range(n)]
     with quiet():
         model, tokenizer = load(run)
+        guesser = None if draft is None else make_draft(draft, tokenizer, draft_tokens)
     ids = encode_prompts(tokenizer, texts)
     options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    options["draft"] = guesser
 
     if len(texts) == 1 and stream and not as_json:
         pieces = stream_tokens(model, tokenizer, ids, **options)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from torch.nn.functional import one_hot
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 """One generator for the whole batch, or one per row (then a row's draw does not depend on its neighbours)."""
@@ -72,14 +73,23 @@ def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
 
 
 def draw(logits_BV: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """next_B drawn from softmax(logits), by inverting the distribution function at one uniform number per row.
+    """next_B drawn from softmax(logits), in float64 so that tokens rarer than 2^-24 keep their chance."""
+    return draw_from(logits_BV.softmax(-1, dtype=torch.float64), generator)
 
-    float64 throughout, so that tokens rarer than 2^-24 keep their chance and a removed token is never drawn.
+
+def draw_from(p_BV: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """next_B drawn from p (float64), with one uniform number per row."""
+    return invert(p_BV, _uniform(len(p_BV), generator))
+
+
+def invert(weight_BV: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
+    """next_B: where the distribution function of `weight_BV` (float64, not necessarily of sum 1) reaches u in [0, 1).
+
+    A token of weight 0 is never chosen.
     """
-    cdf_BV = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
-    u_B1 = _uniform(len(logits_BV), generator).to(logits_BV.device)
-    next_B = torch.searchsorted(cdf_BV, u_B1 * cdf_BV[:, -1:], right=True).squeeze(-1)
-    return next_B.clamp(max=logits_BV.shape[-1] - 1)  # only NaN logits get past the end; the caller finds those
+    cdf_BV = weight_BV.cumsum(-1)
+    next_B = torch.searchsorted(cdf_BV, u_B1.to(cdf_BV.device) * cdf_BV[:, -1:], right=True).squeeze(-1)
+    return next_B.clamp(max=weight_BV.shape[-1] - 1)  # only NaN gets past the end; the caller finds it
 
 
 def _uniform(rows: int, generator: Generators) -> torch.Tensor:
@@ -117,6 +127,14 @@ class TokenSampler:
             return greedy(logits_BV)
         assert generator is not None, "sampling needs a generator"
         return draw(self.truncated(logits_BV), generator)
+
+    def probabilities(self, logits_BV: torch.Tensor, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """p_BV (float64): what `__call__` draws from; at temperature 0 all of it is on one token."""
+        if self.repetition_penalty != 1:
+            logits_BV = repetition_penalty(logits_BV, tokens, self.repetition_penalty)
+        if self.temperature == 0:
+            return one_hot(greedy(logits_BV), logits_BV.shape[-1]).double()
+        return self.truncated(logits_BV).softmax(-1, dtype=torch.float64)
 
     def truncated(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Logits after temperature, top-k, top-p and min-p: their softmax is what is drawn from."""

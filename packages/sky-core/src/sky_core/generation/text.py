@@ -10,16 +10,21 @@ from pydantic import ValidationError
 from sky_core.components.generation import Sample
 from sky_core.errors import UserError
 from sky_core.generation.decode import generate_tokens, stream_tokens
+from sky_core.generation.drafts import make_draft
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sky_core.generation.speculative import Draft
     from sky_core.model.language_model import LanguageModel
     from sky_core.slots import Sampler
     from sky_core.tokenizer.base import Tokenizer
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of each prompt; an empty one becomes the token between documents. Raises `UserError` where there is none."""
-    encoded = tokenizer.encode_batch(prompts)
+    """Ids of each prompt behind those that the tokenizer puts in front of every text; an empty prompt without any
+    becomes the token between documents. Raises `UserError` where there is none."""
+    encoded = [[*tokenizer.prompt_prefix, *ids] for ids in tokenizer.encode_batch(prompts)]
     start = tokenizer.end_of_text
     if start is None:
         if all(encoded):
@@ -49,6 +54,8 @@ class Options(TypedDict, total=False):
     repetition_penalty: float | None
     stop: str | Sequence[str]
     seed: int
+    draft: str | Path | LanguageModel | Draft | None
+    draft_tokens: int
 
 
 @overload
@@ -86,6 +93,8 @@ def generate(
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    draft: str | Path | LanguageModel | Draft | None = None,
+    draft_tokens: int = 4,
     stream: bool = False,
 ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
     """The text that follows `prompt` (without it), or that follows each of several prompts.
@@ -94,7 +103,13 @@ def generate(
     (temperature 0.8 when none is given, 0 is greedy). It ends at the model's end-of-text token, before the first of
     the `stop` strings, or after `max_new_tokens`. The same seed gives the same text; torch's global generators are
     neither used nor changed. With `stream`, an iterator over pieces of text made of whole characters; for several
-    prompts, over (index of the prompt, piece). Raises `UserError` for prompts and options that cannot be used.
+    prompts, over (index of the prompt, piece).
+
+    A `draft` guesses `draft_tokens` tokens ahead, so that one pass of the model may bring several; what comes out is
+    distributed as without it (`sky_core.generation.speculative`), though a seed then stands for another text, except
+    at temperature 0. It is a smaller model of the same tokenizer or what `load` takes for one, "lookup" (copy what
+    followed earlier in the text), "mtp" (the model's own multi-token prediction), or a `Draft`, which has its own
+    number of tokens. Raises `UserError` for prompts, options and drafts that cannot be used.
     """
     options = {
         "temperature": temperature,
@@ -109,6 +124,7 @@ def generate(
         raise UserError(f"a sampler and {', '.join(given)} were given; set options on the sampler itself")
     prompts = encode_prompts(tokenizer, [prompt] if isinstance(prompt, str) else prompt)
     how: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    how["draft"] = None if draft is None else make_draft(draft, tokenizer, draft_tokens)
     if stream:
         pieces = stream_tokens(model, tokenizer, prompts, **how)
         if isinstance(prompt, str):

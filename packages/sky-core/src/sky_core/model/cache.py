@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sky_core.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -30,6 +32,17 @@ class LayerCache(ABC):
     @abstractmethod
     def reset(self, rows_B: torch.Tensor) -> None:
         """Forget the rows where the boolean `rows_B` is true, in place."""
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget, in place, what row b holds behind its first `lengths[b]` tokens.
+
+        Where each token has a place of its own and the mask hides those behind the end, there is nothing to do. A state
+        that folds tokens together or drops old ones raises `UserError`, whatever the lengths; so does this default.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot take tokens back, which checking the tokens of a draft needs; "
+            "generate without a draft"
+        )
 
     def detach(self) -> LayerCache:
         """A copy that gradients do not enter: writing to it leaves what an earlier segment's backward needs alone."""
@@ -82,6 +95,9 @@ class KVCache(LayerCache):
     def reset(self, rows_B: torch.Tensor) -> None:
         """Nothing to do: a row of length 0 sees none of its slots."""
 
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Nothing to do: a row sees none of the slots behind its length, and its next tokens overwrite them."""
+
 
 class Cache:
     """The state of a whole model while it decodes: how many tokens each row holds, and one state per layer.
@@ -106,10 +122,33 @@ class Cache:
         """Row b has taken in counts[b] more tokens."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Go back to when row b held `lengths[b]` tokens, at most as many as now.
+
+        Raises `UserError` when the state of a layer cannot go back.
+        """
+        if any(then > now for then, now in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"rows of {self.lengths} tokens cannot go back to {list(lengths)}: some are longer")
+        for state in [*self.layers, *self.memories]:
+            if state is not None:
+                state.rewind(lengths)
+        self.lengths = list(lengths)
+
     def select(self, rows: Sequence[int]) -> Cache:
         index = torch.tensor(rows)
         pick = [[state and state.select(index) for state in states] for states in (self.layers, self.memories)]
         return Cache([self.lengths[row] for row in rows], self.max_length, *pick)
+
+    def join(self, other: Cache) -> Cache:
+        """One cache with the rows of this one, then those of `other`; one model made both, for as many tokens."""
+        states: list[list[LayerCache | None]] = [
+            [
+                a and b and a.replace({name: torch.cat([x, b.tensors()[name]]) for name, x in a.tensors().items()})
+                for a, b in zip(mine, theirs, strict=True)
+            ]
+            for mine, theirs in ((self.layers, other.layers), (self.memories, other.memories))
+        ]
+        return Cache([*self.lengths, *other.lengths], self.max_length, *states)
 
     def reset(self, rows: Sequence[int]) -> None:
         """Empty the given rows."""

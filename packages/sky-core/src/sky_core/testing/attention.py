@@ -202,6 +202,23 @@ class AttentionContract(ComponentContract):
         feed.cache = feed.cache.select(rows)
         self.close(feed(x_BTD[rows, 6:]), expected[rows])
 
+    def test_tokens_taken_back_leave_no_trace(self) -> None:
+        """What decoding with a draft needs; a state that cannot go back says so."""
+        layer, x_BTD = self.layer(), noise(2, 9, 32)
+        feed = Feed(layer, 2)
+        for piece in (x_BTD[:, :5], noise(2, 3, 32, seed=1)):
+            feed(piece)
+        assert feed.cache is not None
+        lengths = [5, 4] if self.ragged else [5, 5]
+        try:
+            feed.cache.rollback(lengths)
+        except UserError:
+            return
+        whole = Feed(layer, 2, cached=False)(x_BTD)
+        y_BTD = feed(torch.stack([x_BTD[row, length : length + 4] for row, length in enumerate(lengths)]))
+        for row, length in enumerate(lengths):
+            self.close(y_BTD[row], whole[row, length : length + 4])
+
     def test_reset_rows_start_afresh_and_others_go_on(self) -> None:
         layer, x_BTD = self.layer(), noise(2, 9, 32)
         feed, whole = Feed(layer, 2), Feed(layer, 2, cached=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ from sky_core.slots import Eval, Sampler
 from sky_core.testing.component import ComponentContract
 from sky_core.testing.workbench import (
     TinyDataset,
+    assert_close,
     assert_same_weights,
     generators_untouched,
     noise,
@@ -31,6 +33,8 @@ class SamplerContract(ComponentContract):
     """A sampler."""
 
     base = Sampler
+    states_probabilities: ClassVar[bool] = True
+    """Says what it draws from (`probabilities`); without it the sampler cannot be used with a draft."""
 
     def sampler(self) -> Callable[..., torch.Tensor]:
         return self.component.build()
@@ -61,6 +65,21 @@ class SamplerContract(ComponentContract):
     def test_a_certain_token_is_chosen(self) -> None:
         logits_BV = torch.full((11, 11), -1e4).fill_diagonal_(1e4)
         assert torch.equal(self.draw(logits_BV), torch.arange(11))
+
+    def test_it_draws_from_the_probabilities_that_it_states(self) -> None:
+        sampler, rows = self.sampler(), 4000
+        if not self.states_probabilities:
+            assert not hasattr(sampler, "probabilities")
+            return
+        logits_BV, tokens = noise(3, 11), [[1, 2, 2], [], [5]]
+        p_BV = sampler.probabilities(logits_BV, tokens)  # type: ignore[attr-defined]
+        assert p_BV.dtype == torch.float64
+        assert_close(p_BV.sum(-1), torch.ones(3, dtype=torch.float64), 1e-9)
+        for row in range(3):
+            drawn = sampler(logits_BV[row].expand(rows, -1), [tokens[row]] * rows, torch.Generator().manual_seed(row))
+            share_V = torch.bincount(drawn, minlength=11) / rows
+            # five standard deviations of a share of 4000 are at most 5 * 0.5 / sqrt(4000)
+            assert (share_V - p_BV[row]).abs().max() < 0.04
 
     def test_the_logits_are_left_as_they_were(self) -> None:
         logits_BV = noise(5, 11)

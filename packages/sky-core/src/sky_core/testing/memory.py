@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from sky_core.errors import UserError
 from sky_core.slots import Memory
 from sky_core.testing.component import ComponentContract
 from sky_core.testing.workbench import (
@@ -114,6 +115,20 @@ class MemoryContract(ComponentContract):
         y_BTD = feed(x_BTD[:, self.segment :])
         assert_close(y_BTD[0], self.feed(memory)(x_BTD[:, self.segment :])[0], self.tolerance)
         assert_close(y_BTD[1], self.read(self.feed(memory), x_BTD)[1, self.segment :], self.tolerance)
+
+    def test_tokens_taken_back_leave_no_trace(self) -> None:
+        """What decoding with a draft needs; a state that cannot go back says so."""
+        memory, x_BTD = self.memory(), noise(2, 2 * self.segment, 32)
+        feed = self.feed(memory)
+        for piece in (x_BTD[:, : self.segment], noise(2, self.segment, 32, seed=1)):
+            feed(piece)
+        assert feed.cache is not None
+        try:
+            feed.cache.rollback([self.segment] * 2)
+        except UserError:
+            return
+        y_BTD = feed(x_BTD[:, self.segment :])
+        assert_close(y_BTD, self.read(self.feed(memory), x_BTD)[:, self.segment :], self.tolerance)
 
     def test_detached_state_carries_values_and_no_gradient(self) -> None:
         memory, x_BTD = self.memory(), noise(2, 2 * self.segment, 32).requires_grad_()
