@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from sky_core.data.dataset import IGNORE, Batch, Dataset
 from sky_core.errors import DataError
 from sky_core.eval.mode import undisturbed
-from sky_core.eval.score import Autocast
+from sky_core.eval.score import CHUNK, Autocast
 from sky_core.eval.statistics import named, ratio_stderr
 
 if TYPE_CHECKING:
@@ -133,7 +134,13 @@ def measure(
 
 
 def _nll(model: LanguageModel, batch: Batch) -> torch.Tensor:
-    """Nats of each sequence, in float64 on the CPU."""
+    """Nats of each sequence, in float64 on the CPU; the logits of a few sequences are held at a time."""
     hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
-    rows = zip(hidden_BTD.split(1), batch.targets_BT.split(1), strict=True)
-    return torch.stack([model.nll(*row) for row in rows]).double().cpu()
+    rows = max(1, CHUNK // (model.vocab_size * batch.targets_BT.shape[1]))
+    parts = [
+        F.cross_entropy(
+            model.logits(hidden_CTD).float().transpose(1, 2), targets_CT, ignore_index=IGNORE, reduction="none"
+        )
+        for hidden_CTD, targets_CT in zip(hidden_BTD.split(rows), batch.targets_BT.split(rows), strict=True)
+    ]
+    return torch.cat(parts).double().sum(1).cpu()
