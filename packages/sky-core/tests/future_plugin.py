@@ -27,7 +27,7 @@ from sky_core.model.mask import Mask
 from sky_core.testing.workbench import TinyData
 from sky_core.training.objective import Loss, Objective
 
-sky_api = 1
+sky_api = 2
 EVENTS: list[str] = []
 """Which event hooks were called, in order."""
 

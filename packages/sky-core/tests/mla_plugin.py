@@ -20,7 +20,7 @@ from sky_core.model.cache import KVCache
 from sky_core.model.context import Context
 from sky_core.model.norm import RMSNorm
 
-sky_api = 1
+sky_api = 2
 
 Width = Annotated[int, Field(ge=1)]
 

@@ -99,7 +99,7 @@ def a_key_twice(lab: Any) -> list[str]:
 OFFER = """
 from typing import ClassVar
 from sky_core import hookimpl, slots
-sky_api = 1
+sky_api = 2
 
 class Mine(slots.Callback):
     "A callback."
@@ -141,7 +141,7 @@ def plugin_that_fails_to_import(lab: Any) -> list[str]:
 
 @row(2, "plugin 'mine' (sky-mine 0.1.0) failed to load", "written for sky API 99", "upgrade sky-core")
 def plugin_for_another_api_version(lab: Any) -> list[str]:
-    install(lab, mine=OFFER.replace("sky_api = 1", "sky_api = 99"))
+    install(lab, mine=OFFER.replace("sky_api = 2", "sky_api = 99"))
     return TRAIN
 
 

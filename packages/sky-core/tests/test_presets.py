@@ -196,7 +196,7 @@ def test_autocast_keeps_a_bf16_copy_of_the_bodys_matrices_until_the_backward_pas
 
 ENGINES = """
 from sky_core import hookimpl, slots
-sky_api = 1
+sky_api = 2
 
 class Sharded(slots.Engine):
     '''Shards gradients and state, not weights.'''

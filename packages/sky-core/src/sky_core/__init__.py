@@ -19,7 +19,7 @@ import pluggy
 if TYPE_CHECKING:
     from sky_core.api import generate, load, resume, train
 
-API_VERSION = 1
+API_VERSION = 2
 """Version of the hooks and slot contracts; a plugin module states the one it was written for as `sky_api`."""
 
 __version__ = _version("sky-core")

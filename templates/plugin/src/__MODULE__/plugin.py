@@ -12,7 +12,7 @@ from sky_core.slots import FeedForward, LayerSpec
 if TYPE_CHECKING:
     from torch import nn
 
-sky_api = 1
+sky_api = 2
 
 
 class Gated(FeedForward):

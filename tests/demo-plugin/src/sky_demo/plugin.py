@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sky_demo.linear_attention import LinearAttention
     from sky_demo.z_loss import ZLossObjective
 
-sky_api = 1
+sky_api = 2
 
 
 class Linear(Attention):
