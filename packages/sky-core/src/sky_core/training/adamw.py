@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import torch
 
+from sky_core.training.foreach import ForeachOptimizer
+
 log = logging.getLogger(__name__)
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(ForeachOptimizer):
     """AdamW in the open. State per parameter: `step`, `exp_avg`, `exp_avg_sq`, as torch names them."""
 
     def __init__(
@@ -35,14 +37,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            self._update(group, [parameter for parameter in group["params"] if parameter.grad is not None])
-
-    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        if not parameters:
-            return
+    def update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {

@@ -39,6 +39,7 @@ from typing import Any, Literal
 import torch
 
 from sky_core.errors import ConfigError
+from sky_core.training.foreach import ForeachOptimizer
 from sky_core.training.groups import Named, describe, is_hidden_matrix, matching
 from sky_core.training.precision import bf16_hardware
 
@@ -121,7 +122,7 @@ def split(parameters: Sequence[Named], exclude: Sequence[str] = ()) -> tuple[lis
     return hidden, others
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(ForeachOptimizer):
     """Muon for hidden matrices and stacks of them. State per parameter: `momentum_buffer`, fp32 like the parameter.
 
     `lr` is the step before the shape-dependent scale; `weight_decay` is decoupled and not scaled; `steps` counts
@@ -146,14 +147,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.ndim not in (2, 3):
                     raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(parameter.shape)}")
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            self._update(group, [parameter for parameter in group["params"] if parameter.grad is not None])
-
-    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        if not parameters:
-            return
+    def update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
