@@ -228,26 +228,23 @@ def future_matters(model):
 ladder, models = {}, {}
 
 
-def entry(name, table, after=None, keep=True, seed=SEED, **options):
-    """Build, check, train and measure one entry; prints what changed against the entry `after`."""
+def measure(name, table, seed=SEED, **options):
+    """Build, check, train and measure one model; (its numbers, the model)."""
     model = build(table, seed)
     assert not future_matters(model)
     curve, speed = train(model, seed=seed, **options)
-    sizes = model.n_parameters()
-    measured = {
-        "loss": nll(model, options.get("length", T)).mean().item(),
-        "speed": speed,
-        "cache": model.new_cache(1).nbytes() // model.max_length,
-        "parameters": sizes["total"],
-        "curve": curve,
-    }
-    print(f"{name}: {measured['loss']:.4f} nats, {speed:,.0f} characters/s,", end=" ")
-    print(f"{measured['cache']:,} bytes of cache per character, {sizes['total']:,} parameters")
+    loss, size = nll(model, options.get("length", T)).mean().item(), model.n_parameters()["total"]
+    cache = model.new_cache(1).nbytes() // model.max_length
+    print(f"{name}: {loss:.4f} nats, {speed:,.0f} characters/s,", end=" ")
+    print(f"{cache:,} bytes of cache per character, {size:,} parameters")
+    return {"loss": loss, "speed": speed, "cache": cache, "parameters": size, "curve": curve}, model
+
+
+def entry(name, table, after=None, **options):
+    """One entry of the ladder, and how it stands against the entry `after`."""
+    ladder[name], models[name] = measure(name, table, **options)
     if after is not None:
-        print(f"    against {after!r}: {verdict(ladder[after]['loss'], measured['loss'])}")
-    if keep:
-        ladder[name], models[name] = measured, model
-    return measured
+        print(f"    against {after!r}: {verdict(ladder[after]['loss'], ladder[name]['loss'])}")
 
 
 def verdict(before, now):
@@ -258,7 +255,7 @@ def verdict(before, now):
 
 
 entry("0 GPT-2", GPT2)
-again = [entry(f"   another seed ({seed})", GPT2, keep=False, seed=seed)["loss"] for seed in (1, 2)[: 2 if FULL else 1]]
+again = [measure(f"another seed, {seed}", GPT2, seed=seed)[0]["loss"] for seed in ((1, 2) if FULL else (1,))]
 of_seeds = [ladder["0 GPT-2"]["loss"], *again]
 NOISE = max(0.01, max(of_seeds) - min(of_seeds))  # notebook 1's recipe had 0.012 between three seeds
 assert ladder["0 GPT-2"]["cache"] == 2 * L * D * 4  # keys and values, L layers, D numbers of four bytes
@@ -689,6 +686,8 @@ both[1].axhline(E**0.5, color="black", linestyle=":", linewidth=1, label=r"$\sqr
 both[0].set(xlabel="learning rate", ylabel="validation loss (nats)", title=f"After {max(2, STEPS // 3)} steps")
 both[1].set(xlabel="learning rate", ylabel="largest score", title="What the norm bounds")
 for axes in both:
+    axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    axes.minorticks_off()
     axes.legend(frameon=False)
 show(figure)
 
@@ -900,7 +899,8 @@ assert load_X.sum() == x_BTD.shape[0] * x_BTD.shape[1] * K  # every token chose 
 assert torch.allclose(part.gate.e_score_correction_bias, 0.01 * (load_X.double().mean() - load_X).sign().float())
 
 for name, table in EXPERTS.items():
-    measured = entry(f"8 experts {name}", table, after="6 Muon and WSD", **BEST)
+    entry(f"8 experts {name}", table, after="6 Muon and WSD", **BEST)
+    measured = ladder[f"8 experts {name}"]
     idle = sum(layer.mlp.idle_parameters for layer in models[f"8 experts {name}"].layers)
     measured["active"] = measured["parameters"] - idle
     print(f"    {measured['active']:,} of {measured['parameters']:,} parameters work for a character")
@@ -961,7 +961,7 @@ if trained("the bias balances the experts"):
 # - **Value embeddings** (modded-nanoGPT; [arXiv:2410.17897](https://arxiv.org/abs/2410.17897)): the values get a vector
 #   of the token itself, $v_t + 2\sigma(W_g x_t)\,E[\text{token}_t]$, from a table of the layer.
 # - **Multi-token prediction** (DeepSeek-V3): a small module behind the stack joins the state of position t with the
-#   embedding of character t + 1 and predicts character t + 2. It is trained along and dropped afterwards.
+#   embedding of character t + 1 and predicts character t + 2. It is trained along and may be dropped afterwards.
 
 # %%
 SCALARS = {**QK, "block": {"kind": "pre", "residual_scalars": True}}
@@ -1137,9 +1137,9 @@ for measure in results("mup_transfer"):  # widths 64 to 256, more steps and seed
 # %% [markdown]
 # ## 11. The whole recipe
 #
-# Everything that won, at the budget of nanoGPT's recipe in notebook 1: as many characters seen, no more parameters,
-# twice the context. nanoGPT's own code reached 1.8982 nats on this split in windows of 64 characters; the assertion
-# below compares in windows of 64 as well.
+# The decoder of section 7 at the budget of nanoGPT's recipe in notebook 1: as many characters seen, no more
+# parameters, twice the context. nanoGPT's own code reached 1.8982 nats on this split in windows of 64 characters; the
+# assertion below compares in windows of 64 as well.
 
 # %%
 NANOGPT = 1.8982  # nats per character: its code, its seed, whole validation split (as in notebook 1)
@@ -1476,7 +1476,7 @@ for name, loss in zip(names, lens_loss, strict=True):
 if trained("the head understands the last layer best"):
     assert lens_loss[-1] == min(lens_loss)
 phrase = tokenizer.decode(x_BT[0, :40].tolist())
-print("\nthe text      ", repr(phrase)[1:-1].replace("\\n", "↵"))
+print(f"\n{'the text':14}", phrase.replace("\n", "↵"))
 for name, logits_BTV in zip(names, lens_LBTV, strict=True):
     said = tokenizer.decode(logits_BTV[0, :39].argmax(-1).tolist())
     print(f"{name:14}", " " + said.replace("\n", "↵"))
@@ -1522,6 +1522,17 @@ axes.set(
     xlabel=f"validation loss after {STEPS} steps (nats per character)",
     title=f"Steps (dark) and branches; differences below {NOISE:.3f} mean nothing",
 )
+show(figure)
+
+figure, axes = plt.subplots(figsize=(6.6, 3.1))
+for name in ("0 GPT-2", "2 RoPE", "5 QK-norm", "6 Muon", "6 Muon and WSD"):
+    window = max(1, STEPS // 15)
+    mean_N = torch.tensor(ladder[name]["curve"]).unfold(0, window, 1).mean(-1)
+    axes.plot(range(window, STEPS + 1), mean_N, linewidth=1.4, label=name)
+axes.set(
+    xlabel=f"step ({CHARS:,} characters each)", ylabel=f"training loss, mean of {window} steps\n(nats per character)"
+)
+axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 show(figure)
 
 gain = {name: loss[before[name]] - loss[name] for name in before}  # nats, positive where the loss fell
