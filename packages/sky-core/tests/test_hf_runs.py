@@ -135,7 +135,13 @@ def test_data_of_another_tokenizer_is_refused(lab: Any, folder: Path) -> None:
 
 def test_model_init_without_init_is_refused(lab: Any) -> None:
     tune(lab, model="init")
-    with pytest.raises(UserError, match="no model called 'init'"):
+    with pytest.raises(UserError, match="kind init is the model of what the run starts from; name that with init:"):
+        read_run("run.yaml")
+
+
+def test_model_init_of_what_only_a_plugin_reads_is_refused(lab: Any) -> None:
+    tune(lab, init="gguf:model", model={"kind": "init", "dropout": 0.1})
+    with pytest.raises(UserError, match="gguf:model has is not known before it is read; write it out"):
         read_run("run.yaml")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sky_core import slots
 from sky_core.component import Schema, active_catalog
+from sky_core.errors import ConfigError
 from sky_core.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -26,16 +27,23 @@ KIND = "init"
 
 
 def with_model(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run file's tables with `model:` filled in from `init:` where it is left to that."""
+    """A run file's tables with `model:` filled in from `init:` where it is left to that.
+
+    Raises `ConfigError` where it is, in words, and nothing says what that model is.
+    """
     from sky_core.config import merge
 
     source, model = data.get("init"), data.get("model", {"kind": KIND})
     model = {"kind": model} if isinstance(model, str) else model
-    if not isinstance(source, str) or not isinstance(model, Mapping) or model.get("kind") != KIND:
+    if not isinstance(model, Mapping) or model.get("kind") != KIND or not (source or "model" in data):
         return data
-    found = _tables(source)
+    if not source:
+        raise ConfigError(f"model: kind {KIND} is the model of what the run starts from; name that with init:")
+    found = _tables(source) if isinstance(source, str) else None
+    if found is None and "model" not in data:
+        return data
     if found is None:
-        return data
+        raise ConfigError(f"model: kind {KIND}: what model {source} has is not known before it is read; write it out")
     return {**data, "model": merge(found[0], {key: value for key, value in model.items() if key != "kind"})}
 
 
