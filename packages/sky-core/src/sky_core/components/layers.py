@@ -59,7 +59,7 @@ class Reordered(slots.Block):
 
 
 class Parallel(slots.Block):
-    """Attention and feed-forward part side by side, as in GPT-J and GPT-NeoX: x + attn(norm(x)) + mlp(norm'(x))."""
+    """Attention and feed-forward part side by side, as in GPT-NeoX: x + attn(norm(x)) + mlp(norm'(x))."""
 
     kind: ClassVar = "parallel"
     paper: ClassVar = "arXiv:2204.06745"

@@ -2,9 +2,9 @@
 
     pre         x + f(norm(x))          (Xiong et al. 2020, arXiv:2002.04745, figure 1b; GPT-2)
     post        norm(x + f(x))          (Vaswani et al. 2017, section 3.1): the residual stream itself is normed
-    reordered   x + norm(f(x))          (OLMo 2, arXiv:2501.00656, section 3.2; after Liu et al. 2021, Swin v2)
+    reordered   x + norm(f(x))          (OLMo 2, arXiv:2501.00656, section 2.1; after Liu et al. 2021, Swin v2)
     sandwich    x + norm'(f(norm(x)))   (Gemma 2, arXiv:2408.00118, section 2; after Ding et al. 2021, CogView)
-    parallel    x + attn(norm(x)) + mlp(norm'(x))   (GPT-NeoX, arXiv:2204.06745, section 2.1; GPT-J)
+    parallel    x + attn(norm(x)) + mlp(norm'(x))   (GPT-NeoX, arXiv:2204.06745, section 2.1; GPT-J has one norm)
 
 f is attention (with the memory beside it, reading the same input), then the feed-forward part; dropout acts on what f
 adds (Vaswani et al. 2017, section 5.4). All but `post` leave the stream unnormed, so the stack ends with a norm.
