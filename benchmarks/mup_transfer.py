@@ -120,7 +120,12 @@ def main() -> None:
     if record.path is not None:
         record.path.parent.mkdir(parents=True, exist_ok=True)
         draw(sweeps, record.path.with_suffix(".svg"))
-    record.save(runs=[], sweeps=sweeps)
+    runs = [
+        {"width": sweep["width"], "mup": sweep["mup"], "octave": octave, "loss": loss}
+        for sweep in sweeps
+        for octave, loss in zip(sweep["octaves"], sweep["losses"], strict=True)
+    ]
+    record.save(runs=runs, sweeps=sweeps)
 
 
 def _at_base_rate(sweeps: list[dict[str, Any]], mup: bool) -> float:

@@ -17,8 +17,18 @@ import pytest
 from workspace import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ["nano_parity", "loading", "nanogpt_cpu", "nanogpt_gpu", "kill_resume", "cli_startup", "mup_transfer"]
-ON_TEXT = {"nanogpt_cpu", "nanogpt_gpu", "kill_resume", "mup_transfer"}
+SCRIPTS = [
+    "nano_parity",
+    "loading",
+    "nanogpt_cpu",
+    "nanogpt_gpu",
+    "kill_resume",
+    "cli_startup",
+    "mup_transfer",
+    "shakespeare",
+    "shakespeare_ablation",
+]
+ON_TEXT = {"nanogpt_cpu", "nanogpt_gpu", "kill_resume", "mup_transfer", "shakespeare", "shakespeare_ablation"}
 ORIGIN = {
     "name",
     "what",

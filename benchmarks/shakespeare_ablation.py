@@ -1,0 +1,139 @@
+"""What each change brought on the way from nanoGPT's CPU recipe to recipes/shakespeare.yaml, and what brought nothing.
+
+Two lists, every entry trained once per seed on tinyshakespeare with 1.536M characters and, unless its name says so,
+about 0.80M parameters:
+
+    LADDER   from nanoGPT's recipe to ours, one change after the other
+    OTHERS   recipes/shakespeare.yaml with one thing changed
+
+An entry's effect is the difference of its mean loss to the entry above it (LADDER) or to the recipe (OTHERS). `--jobs`
+runs share the machine, one thread each, so seconds compare within the table only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from record import ROOT, Record, add_corpus, arguments
+
+Entry = tuple[str, list[str]]
+SWIGLU = 'model.feedforward={"kind": "swiglu", "d_ff": 344}'
+MUON = 'optimizer={"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "betas": [0.9, 0.99]}}'
+
+LADDER: list[Entry] = [
+    ("nanoGPT's recipe", []),
+    ("RMSNorm, RoPE and SwiGLU", ['model.norm={"kind": "rmsnorm"}', "model.position=rope", SWIGLU]),
+    ("AdamW at 3e-3, not 1e-3", ["optimizer.lr=3e-3"]),
+    ("norms of queries and keys", ["model.qk_norm=head"]),
+    ("Muon, not AdamW", [MUON]),
+    ("WSD falling for half of the steps, not a cosine", ['schedule={"kind": "wsd", "warmup": 100, "decay": 0.5}']),
+    ("a context of 256 characters, not 64", ["model.max_length=256", "data.sequence_length=256"]),
+    (
+        "1,000 steps of 1,536 characters at 0.03, not 2,000 of 768 at 0.02",
+        ["train.batch_tokens=1536", "train.steps=1000", "optimizer.lr=0.03"],
+    ),
+]
+"""(what changed, overrides of recipes/nanogpt_cpu.yaml); each keeps those before it."""
+
+OTHERS: list[Entry] = [
+    ("the recipe", []),
+    ("no norms of queries and keys", ["model.qk_norm=null"]),
+    ("squared ReLU (d_ff 516)", ['model.feedforward={"kind": "relu2", "d_ff": 516}']),
+    ("value embeddings", ["model.attention.value_embedding=true"]),
+    ("residual scalars", ["model.block.residual_scalars=true"]),
+    ("residual projections start at zero", ["model.zero_residual=true"]),
+    ("logits capped at 15", ["model.logit_softcap=15"]),
+    ("an untied head", ["model.tie_embeddings=false"]),
+    ("two heads of 64", ["model.n_head=2"]),
+    ("grouped queries, 2 key/value heads (d_ff 387)", ["model.n_kv_head=2", "model.feedforward.d_ff=387"]),
+    ("half-truncated RoPE", ['model.position={"kind": "rope", "theta": 1024, "truncated": true}']),
+    ("ALiBi", ["model.position=alibi"]),
+    ("6 narrower layers", ["model.n_layer=6", "model.d_model=104", "model.feedforward.d_ff=280"]),
+    ("3 wider layers", ["model.n_layer=3", "model.d_model=144", "model.feedforward.d_ff=414"]),
+    ("one further token (1.03M parameters in training)", ["model.n_mtp=1", "objective=multi_token"]),
+    (
+        "8 experts, 2 chosen (the same active parameters, 2.4M in all)",
+        ['model.feedforward={"kind": "moe", "n_experts": 8, "top_k": 2, "d_ff": 172, "aux_loss": 0.01}'],
+    ),
+    ("Polar Express, not Newton-Schulz", ["optimizer.iteration=polar_express"]),
+    ("a cosine, not WSD", ['schedule={"kind": "cosine", "warmup": 100, "final": 0.0}']),
+    ("2,000 steps of 768 characters at 0.02", ["train.batch_tokens=768", "train.steps=2000", "optimizer.lr=0.02"]),
+]
+"""(what is different, overrides of recipes/shakespeare.yaml)."""
+
+
+def train(recipe: str, overrides: list[str], seed: int, folder: Path, data: Path) -> dict[str, Any]:
+    """Loss of the whole validation split, parameters and CPU seconds of one run, in a process of its own."""
+    out = Path(tempfile.mkdtemp(dir=folder))
+    fixed = [f"seed={seed}", f"out={out}", f"data.path={data}", f"data.cache={folder}/cache", "sample.every=null"]
+    command = [sys.executable, "-m", "sky_core", "train", str(ROOT / "recipes" / f"{recipe}.yaml"), *fixed, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    seconds = time.perf_counter() - started
+    (directory,) = out.iterdir()
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    info = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    evaluation = [event for event in events if event["event"] == "eval"][-1]
+    return {"seed": seed, "loss": evaluation["loss"], "seconds": seconds, "characters": info["tokens"]}
+
+
+def entries() -> list[dict[str, Any]]:
+    """Both lists, resolved."""
+    found: list[dict[str, Any]] = []
+    overrides: list[str] = []
+    for name, changes in LADDER:
+        overrides = [*overrides, *changes]
+        found.append({"list": "ladder", "name": name, "recipe": "nanogpt_cpu", "overrides": overrides})
+    found += [{"list": "others", "name": name, "recipe": "shakespeare", "overrides": own} for name, own in OTHERS]
+    return found
+
+
+def main() -> None:
+    parser = arguments("shakespeare_ablation", __doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each entry, seeded 1337, 1338, ... (default: 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--only", nargs="*", help="entries whose name holds one of these words")
+    add_corpus(parser)
+    options = parser.parse_args()
+    seeds = [1337 + i for i in range(1 if options.smoke else options.seeds)]
+    record = Record(options, what="what each change of the Shakespeare recipe brought", seeds=seeds)
+    small = ["train.steps=3", "schedule.warmup=1", "eval.every=3"] if options.smoke else []
+    chosen = [one for one in entries() if not options.only or any(word in one["name"] for word in options.only)]
+    if options.smoke:
+        chosen = chosen[:1] + chosen[-1:]
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+        folder, data = Path(name), options.data.resolve()
+        # Seed by seed, so that what the machine does in the meantime meets every entry alike.
+        tasks = [
+            (one, pool.submit(train, one["recipe"], [*one["overrides"], *small], seed, folder, data))
+            for seed in seeds
+            for one in chosen
+        ]
+        for one, task in tasks:
+            run = task.result()
+            one.setdefault("runs", []).append(run)
+            print(f"{one['name']}, seed {run['seed']}: {run['loss']:.4f}", flush=True)
+    for one in chosen:
+        losses = [run["loss"] for run in one["runs"]]
+        one |= {"mean": statistics.mean(losses), "seconds": statistics.median(run["seconds"] for run in one["runs"])}
+    for before, one in zip([None, *chosen], chosen, strict=False):
+        recipe = next((other for other in chosen if other["name"] == OTHERS[0][0]), None)
+        reference = recipe if one["list"] == "others" else before
+        if reference is not None and reference is not one:
+            one["effect"] = one["mean"] - reference["mean"]
+        record.measure(f"{one['list']}: {one['name']}", [run["loss"] for run in one["runs"]], "nats/token")
+    record.save(runs=chosen)
+
+
+if __name__ == "__main__":
+    main()
