@@ -182,3 +182,23 @@ def test_a_split_without_text_is_an_error(tiny_model: LanguageModel) -> None:
     for ids in ([5], [5, BYTES.end_of_text]):
         with pytest.raises(DataError, match="validation split holds no text"):
             validation_loss(tiny_model, BYTES, Split(ids))
+
+
+def test_no_more_logits_are_held_than_the_bound_however_long_the_sequences(
+    tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = Split(BYTES.encode(TEXT))
+    expected = validation_loss(tiny_model, BYTES, split)
+    held: list[int] = []
+    logits = tiny_model.logits
+
+    def counted(hidden_BTD: torch.Tensor) -> torch.Tensor:
+        held.append(hidden_BTD[..., 0].numel() * tiny_model.vocab_size)
+        return logits(hidden_BTD)
+
+    monkeypatch.setattr(tiny_model, "logits", counted)
+    monkeypatch.setattr("sky_core.eval.loss.CHUNK", 5 * tiny_model.vocab_size)  # fewer than the 16 tokens of a sequence
+    found = validation_loss(tiny_model, BYTES, split)
+    assert max(held) <= 5 * tiny_model.vocab_size
+    assert sum(held) >= split.sequence_length * tiny_model.vocab_size
+    assert found == pytest.approx(expected, rel=1e-5)  # matrix products of other sizes round otherwise

@@ -10,7 +10,7 @@ the model compresses the split, document ends included.
 Standard errors are over sequences (`sky_core.eval.statistics`), that of the perplexity by the delta method:
 perplexity · s.e.(loss). Where the dataset has domains (a mixture), each has its own bits per byte.
 
-B batch (sequences), T time (tokens).
+B batch (sequences), T time (tokens), C tokens of a chunk, D model width.
 """
 
 from __future__ import annotations
@@ -134,13 +134,12 @@ def measure(
 
 
 def _nll(model: LanguageModel, batch: Batch) -> torch.Tensor:
-    """Nats of each sequence, in float64 on the CPU; the logits of a few sequences are held at a time."""
+    """Nats of each sequence, in float64 on the CPU; at most CHUNK logits are held at a time."""
     hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
-    rows = max(1, CHUNK // (model.vocab_size * batch.targets_BT.shape[1]))
+    rows = max(1, CHUNK // model.vocab_size)
+    chunks = zip(hidden_BTD.flatten(0, 1).split(rows), batch.targets_BT.flatten().split(rows), strict=True)
     parts = [
-        F.cross_entropy(
-            model.logits(hidden_CTD).float().transpose(1, 2), targets_CT, ignore_index=IGNORE, reduction="none"
-        )
-        for hidden_CTD, targets_CT in zip(hidden_BTD.split(rows), batch.targets_BT.split(rows), strict=True)
+        F.cross_entropy(model.logits(hidden_CD[None])[0].float(), targets_C, ignore_index=IGNORE, reduction="none")
+        for hidden_CD, targets_C in chunks
     ]
-    return torch.cat(parts).double().sum(1).cpu()
+    return torch.cat(parts).view(batch.targets_BT.shape).double().sum(1).cpu()
