@@ -13,8 +13,8 @@ d_h is the width of a head, d_b that of the base model's; where heads keep their
 nothing changes. At the base width all of it is the standard parametrisation. Every update then changes hidden states
 and logits by an amount that does not depend on the width: the coordinate check in the tests sees that it is flat.
 
-Of the paper's equivalent forms this is the one that also serves a head tied to the embedding: the head keeps its initial
-std and its rate, and its output is multiplied. Where we differ: weight decay does not follow the rate
+Of the paper's equivalent forms this is the one that also serves a head tied to the embedding: the head keeps its
+initial std and its rate, and its output is multiplied. Where we differ: weight decay does not follow the rate
 (`sky_core.training.groups.scale_groups`). Muon's step is orthogonal, so its effect does not grow with the width, and
 only what AdamW trains takes the factors.
 """
