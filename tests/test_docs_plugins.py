@@ -16,7 +16,7 @@ import pytest
 import sky_core.testing as kit
 from sky_core.component import Component
 from sky_core.hookspecs import SPECS
-from sky_core.slots import HOOKS
+from sky_core.slots import HOOKS, NO_SCALE
 from workspace import ROOT
 
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -26,9 +26,10 @@ CONTRACTS = [getattr(kit, name) for name in kit.__all__ if name != "ComponentCon
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """`name(a: T, b: U) -> R` without self, with the annotations as they stand in the source."""
+    """`name(a: T, b: U) -> R` without self, with annotations and names of constants as they stand in the source."""
     given = inspect.signature(function)
-    parameters = [str(p).replace("'", "") for p in given.parameters.values() if p.name not in ("self", "cls")]
+    written = [str(p).replace("'", "") for p in given.parameters.values() if p.name not in ("self", "cls")]
+    parameters = [text.replace(repr(NO_SCALE), "NO_SCALE") for text in written]
     return f"{function.__name__}({', '.join(parameters)}) -> {given.return_annotation}"
 
 

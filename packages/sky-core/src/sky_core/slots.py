@@ -129,7 +129,9 @@ class Kernel(Component):
 class FeedForward(Component):
     """The position-wise part of a layer. Offered through `sky_feedforwards`.
 
-    `build(spec)` returns a module with `forward(x_BTD, ctx) -> y_BTD`; extra losses go through `ctx.add_loss`.
+    `build(spec)` returns a module with `forward(x_BTD, ctx) -> y_BTD`; extra losses go through `ctx.add_loss`. A module
+    may have `after_step(sum, *, skipped) -> dict[str, Tensor]`, called after each optimizer step with a sum over all
+    processes, and `idle_parameters`, the number of its parameters that a token does not pass.
     """
 
     slot: ClassVar = "feedforward"
