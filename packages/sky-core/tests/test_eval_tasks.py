@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sky_core.components.evaluation import Cloze, Domains, LastWord, MinimalPairs
+from sky_core.data.read import Corpus, Document
 from sky_core.errors import DataError
 from sky_core.eval.last_word import find_passages, word_ends
 from sky_core.model.language_model import LanguageModel
@@ -283,6 +284,24 @@ def test_json_lines_may_name_their_domain(lines: Callable[..., str]) -> None:
 def test_no_more_than_asked_for_is_read(lines: Callable[..., str]) -> None:
     lines("é" * 20, name="a.txt")
     assert Domains(path="a.txt", max_bytes=7).build()(Parrot("a"), BYTES, None)["domains/a/bytes"] == 6
+
+
+def test_a_named_domain_is_read_no_further_than_its_bytes(
+    lines: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Document] = []
+
+    class Counted(Corpus):
+        def __iter__(self) -> Iterator[Document]:
+            for document in super().__iter__():
+                read.append(document)
+                yield document
+
+    monkeypatch.setattr("sky_core.eval.domains.Corpus", Counted)
+    path = lines(*({"text": "aaaa"} for _ in range(100)))
+    found = Domains(path={"letters": path}, max_bytes=10).build()(Parrot("a"), BYTES, None)
+    assert found["domains/letters/bytes"] == 10
+    assert len(read) == 3
 
 
 def test_windows_predict_every_byte_once(lines: Callable[..., str]) -> None:

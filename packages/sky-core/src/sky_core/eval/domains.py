@@ -67,6 +67,8 @@ def _by_domain(options: Domains) -> dict[str, list[Document]]:
             if text:
                 found[domain].append(replace(document, text=text))
             room[domain] = max(0, room[domain] - len(document.text.encode()))
+            if name and not room[name]:
+                break  # all that follows is of the same domain
     return found
 
 
