@@ -306,6 +306,11 @@ class TestOmitting(OptimizerContract):
     finds = "test_every_trainable_parameter_is_in_exactly_one_group"
 
 
+class TestWithoutFactors(OptimizerContract):
+    component = part(slots.Optimizer, lambda self, named: [torch.optim.SGD([p for _, p in named], lr=0.1)])
+    finds = "test_factors_of_the_learning_rate_move_no_parameter_out_of_its_group"
+
+
 class TestOvershooting(ScheduleContract):
     component = part(slots.Schedule, lambda self, steps: lambda step: 1.5)
     finds = "test_multipliers_are_not_negative_and_peak_at_one[10]"

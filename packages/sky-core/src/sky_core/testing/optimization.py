@@ -50,6 +50,19 @@ class OptimizerContract(ComponentContract):
         assert len({id(p) for p in grouped}) == len(grouped), "a parameter stands in two groups"
         assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p is not frozen}
 
+    def test_factors_of_the_learning_rate_move_no_parameter_out_of_its_group(self) -> None:
+        """muP gives some parameters a smaller rate; a rule without need of that takes the factors and leaves them."""
+        model = self.model()
+        factors = {name: 0.5 for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        groups = [g for o in self.component.build(list(model.named_parameters()), factors) for g in o.param_groups]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
+        plain = {id(p): g["lr"] for o in self.optimizers(model) for g in o.param_groups for p in g["params"]}
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["lr"] == plain[id(parameter)] or (
+                    parameter.ndim > 1 and math.isclose(group["lr"], plain[id(parameter)] / 2)
+                )
+
     def test_every_group_has_its_peak_learning_rate(self) -> None:
         groups = [group for optimizer in self.optimizers(self.model()) for group in optimizer.param_groups]
         assert all(group["lr"] > 0 for group in groups)
