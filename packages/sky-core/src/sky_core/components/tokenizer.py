@@ -108,7 +108,8 @@ class SentencePiece(WithChatTemplate):
         from sky_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
         if self.model is not None:
-            return self.with_template(lambda: SentencePieceTokenizer.from_model_file(Path(self.model)))
+            path = Path(self.model)
+            return self.with_template(lambda: SentencePieceTokenizer.from_model_file(path))
         options = self.model_dump(exclude={"chat_template", "model"})
         return self.with_template(lambda: SentencePieceTokenizer.train(texts, **options))
 

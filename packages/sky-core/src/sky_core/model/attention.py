@@ -79,12 +79,10 @@ class SelfAttention(nn.Module):
             k_BGPE, v_BGPE = (z.to(q_BHTE.dtype).expand(len(x_BTD), -1, -1, -1) for z in ctx.prefixes[self.layer])
             k_BGSE, v_BGSE = torch.cat((k_BGPE, k_BGSE), dim=2), torch.cat((v_BGPE, v_BGSE), dim=2)
             mask = mask.with_front(k_BGPE.shape[2])
-        how = {"scale": self.scale, "softcap": self.softcap}
+        scale, softcap, dropout = self.scale, self.softcap, self.dropout if self.training else 0.0
         if ctx.collect is not None and "attention" in ctx.collect:
-            ctx.collect["attention"][self.layer] = attention_weights(q_BHTE, k_BGSE, mask, **how)
-
-        dropout = self.dropout if self.training else 0.0
-        y_BHTE = self.kernel(q_BHTE, k_BGSE, v_BGSE, mask, dropout=dropout, **how)
+            ctx.collect["attention"][self.layer] = attention_weights(q_BHTE, k_BGSE, mask, scale=scale, softcap=softcap)
+        y_BHTE = self.kernel(q_BHTE, k_BGSE, v_BGSE, mask, scale=scale, dropout=dropout, softcap=softcap)
         return self.o_proj(rearrange(y_BHTE, "B H T E -> B T (H E)"))
 
     def new_cache(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KVCache:
