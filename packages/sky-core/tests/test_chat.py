@@ -112,6 +112,14 @@ ATTACKS = {
     "{% for i in range(10**9) %}{% endfor %}": "forbidden.*Range too big",
     "{{ 'a' * 10**12 }}": r"forbidden.*\* makes something larger",
     "{{ 10 ** (10 ** 10) }}": r"forbidden.*\*\* makes something larger",
+    "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "forbidden.*~ ma",
+    "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}": r"forbidden.*\+ ma",
+    "{{ 'a'.ljust(10**10) }}": "forbidden.*width",
+    "{{ 'a'|center(10**10) }}": "forbidden.*width",
+    "{{ '%20000000000d' % 1 }}": "forbidden.*width",
+    "{{ '%*d' % (10**10, 1) }}": "forbidden.*width",
+    "{{ '%20000000000d'|format(1) }}": "forbidden.*width",
+    "{{ '{:20000000000d}'.format(1) }}": "forbidden.*width",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     "{% set r = range(9999)|list %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}": "more than 100,000 steps",
     "{% set r = range(9999)|list %}{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}": "100,000 steps",
@@ -119,6 +127,17 @@ ATTACKS = {
     "{{ 1 / 0 }}": "fails: ZeroDivisionError",
     "{{ messages[0].nothing.more }}": "fails: UndefinedError",
 }
+
+
+def test_large_numbers_that_are_no_widths_are_text_like_any_other(chatty: Tokenizer) -> None:
+    number = "call 12345678901"
+    chatty.chat_template = (
+        "{{ messages[0].content.strip() ~ ', ' + messages[0].content|trim }}"
+        "{{ ' %s %d' % (messages[0].content, 10**9) }}"
+        "{{ ' {}'.format(10**9) }}{{ messages[0].content.split('12345678901')[0] }}"
+    )
+    text = chatty.render_chat([{"role": "user", "content": number}])
+    assert text == f"{number}, {number} {number} 1000000000 1000000000call "
 
 
 @pytest.mark.parametrize("template", ATTACKS)

@@ -47,6 +47,13 @@ def test_capped_logits_keep_their_order_and_stay_inside() -> None:
     assert_close(bounded_BTV, torch.tanh(logits_BTV))
 
 
+def test_scores_that_are_capped_need_a_kernel_that_can() -> None:
+    with pytest.raises(
+        ValueError, match=r"kernel sdpa cannot cap scores, as attention\.softcap asks: use kernel: naive"
+    ):
+        model(kernel="sdpa", attention=["full", {"kind": "full", "softcap": 3.0}])
+
+
 def test_embeddings_are_scaled_and_normed_before_the_first_layer() -> None:
     plain, scaled, normed = model(), model(scale_embeddings=True), model(embedding_norm=True)
 

@@ -368,7 +368,6 @@ def test_a_folder_that_is_not_there_is_no_download() -> None:
         ({"feedforward": "relu2"}, r"nearest, llama, differs in .*feedforward.0.kind \('relu2' here, 'swiglu' there\)"),
         ({"position": "alibi"}, "model.position.0.kind .'alibi' here"),
         ({"mup": {"base_d_model": 8}}, "model.mup.base_d_model"),
-        ({"n_mtp": 1}, "model.n_mtp .1 here, 0 there"),
         ({"attention": {"kind": "full", "value_embedding": True}}, "value_embedding"),
         ({"block": {"kind": "pre", "residual_scalars": True}}, "model.block.residual_scalars"),
         ({"feedforward": {**MOE, "bias_update": 0.001}}, "correction_bias"),
@@ -406,3 +405,16 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="No space left"):
         sky_core.hf.export(model, tokenizer, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name != "sandbox"] == ["mine"]
+
+
+def test_modules_of_multi_token_prediction_are_left_out_when_asked_and_not_before(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = Decoder(**GROUPED, n_mtp=1).build(tiny_tokenizer().vocab_size).eval(), tiny_tokenizer()
+    with pytest.raises(
+        UserError, match=r"1 modules of multi-token prediction, for which llama has no place; .*--without"
+    ):
+        sky_core.hf.export(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    sky_core.hf.export(model, tokenizer, tmp_path / "out", without_mtp=True)
+    tokens_BT = torch.arange(20).view(2, 10)
+    assert torch.equal(sky_core.load(f"hf:{tmp_path / 'out'}")[0](tokens_BT), model(tokens_BT))

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sky_core.config import parse_run
 from sky_core.data.dataset import IGNORE, Batch
-from sky_core.errors import UserError
+from sky_core.errors import ConfigError, UserError
 from sky_core.model.decoder import DecoderLM
-from sky_core.testing.workbench import assert_close, shaken, tiny_model
+from sky_core.testing.workbench import TINY, assert_close, shaken, tiny_model, tiny_run, tiny_tokenizer
 from sky_core.training.objective import MultiToken, NextToken
 
 VOCAB = 23
@@ -113,6 +114,17 @@ def test_recomputing_activations_changes_no_gradient() -> None:
 def test_without_modules_the_objective_says_what_is_missing() -> None:
     with pytest.raises(UserError, match=r"set model\.n_mtp"):
         MultiToken(0.3)(model(0), batch_of(tokens()))
+
+
+def test_a_run_without_modules_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ConfigError, match=r"objective: multi_token .* set model\.n_mtp to 1 or more"):
+        parse_run({"data": {"kind": "none"}, "objective": "multi_token", "train": {"steps": 1, "batch_tokens": 64}})
+
+
+def test_other_objectives_say_that_they_leave_the_modules_untrained(caplog: pytest.LogCaptureFixture) -> None:
+    run = tiny_run(model={**TINY, "n_mtp": 1})
+    run.objective.build(run, tiny_tokenizer())
+    assert "leaves the model's n_mtp modules untrained; multi_token trains them" in caplog.text
 
 
 def test_other_objectives_leave_the_modules_alone() -> None:

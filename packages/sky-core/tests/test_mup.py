@@ -114,6 +114,7 @@ def test_wider_heads_have_smaller_scores() -> None:
 
 def test_muon_leaves_the_factors_to_adamw() -> None:
     model = built(128, mup=True)
-    muon, adamw = component("optimizer", "muon", lr=0.02).build(list(model.named_parameters()), model.lr_scale())
+    chosen = component("optimizer", "muon", lr=0.02, exclude=["*q_proj*"])
+    muon, adamw = chosen.build(list(model.named_parameters()), model.lr_scale())
     assert {group["lr"] for group in muon.param_groups} == {0.02}
-    assert {group["lr"] for group in adamw.param_groups} == {3e-3}
+    assert {group["lr"] for group in adamw.param_groups} == {3e-3, 3e-3 / 4}

@@ -1,26 +1,26 @@
-"""Run files: the schema of a run, how a file is read (extends, overrides, plugins), and how its errors are told.
+"""Run files: the schema of a run, and how a file is read (extends, overrides, plugins).
 
 A file that says a model and nothing of a run is a model preset: it can be shown, and run files extend it.
 
-All problems of a file are reported at once, each with its place, its path, the value and the nearest right word.
-Nothing here imports torch.
+All problems of a file are reported at once (`sky_core.problems`). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from sky_core import slots
-from sky_core.component import Component, Schema, Slot, _Slot, closest, json_schema
+from sky_core.component import Schema, Slot, json_schema
 from sky_core.errors import ConfigError
 from sky_core.origin import with_model, with_tokenizer
 from sky_core.plugins import load_plugins, loaded_plugins
+from sky_core.problems import dotted, problems
 from sky_core.yaml_file import Lines, parse_value, read_yaml
 
 Table = TypeVar("Table", bound=Schema)
@@ -193,7 +193,7 @@ def parse_run(data: Mapping[str, Any], lines: Lines | None = None, base: Path | 
     """Validate a run given as a mapping; `lines` places the errors, `base` is where loose plugin files are sought."""
     data = with_model(_with_plugins(data, base))
     run = with_tokenizer(_validate(run_schema(), data, lines))
-    _check_lengths(run)
+    _check_together(run)
     loaded_plugins().hook.sky_configured(run=run)
     return run
 
@@ -222,8 +222,12 @@ def _validate(schema: type[Table], data: Mapping[str, Any], lines: Lines | None)
         raise ConfigError(problems(error, schema, data, lines or {})) from None
 
 
-def _check_lengths(run: Run) -> None:
-    """A sequence must fit the model, where both are known before anything is built."""
+def _check_together(run: Run) -> None:
+    """A sequence must fit the model and the objective find what it trains, where that is known before all is built."""
+    if run.objective.kind == "multi_token" and getattr(run.model, "n_mtp", None) == 0:
+        raise ConfigError(
+            "objective: multi_token trains modules that predict further tokens: set model.n_mtp to 1 or more"
+        )
     sequence, context = getattr(run.data, "sequence_length", None), getattr(run.model, "max_length", None)
     if sequence is not None and context is not None and sequence > context:
         raise ConfigError(
@@ -275,19 +279,15 @@ def _apply(data: dict[str, Any], override: str, lines: Lines) -> None:
     for depth, key in enumerate(keys[:-1]):
         child = node.get(key) if isinstance(node, dict) else node[key] if _has(node, key) else None
         if child is None and isinstance(keys[depth + 1], int):
-            raise ConfigError(f"{override!r}: the file has no list {_dotted(keys[: depth + 1])}; write the whole list")
+            raise ConfigError(f"{override!r}: the file has no list {dotted(keys[: depth + 1])}; write the whole list")
         if child is None or isinstance(child, str):
             child = {} if child is None else {"kind": child}
             _set(node, key, child, override)
         if not isinstance(child, dict | list):
-            raise ConfigError(f"{override!r}: {_dotted(keys[: depth + 1])} is {child!r}, it has no keys")
+            raise ConfigError(f"{override!r}: {dotted(keys[: depth + 1])} is {child!r}, it has no keys")
         node = child
     _set(node, keys[-1], value, override)
     lines[tuple(keys)] = "command line"
-
-
-def _dotted(keys: Iterable[str | int]) -> str:
-    return ".".join(map(str, keys))
 
 
 def _has(node: Any, key: str | int) -> bool:
@@ -301,86 +301,3 @@ def _set(node: Any, key: str | int, value: Any, override: str) -> None:
         node.update(merge(node, {str(key): value}))
     else:
         node[key] = value
-
-
-def problems(error: ValidationError, schema: type[Schema], data: Any, lines: Lines) -> list[str]:
-    """What is wrong with a table, in lines: path, place, value, what would be right."""
-    found = []
-    for detail in error.errors():
-        place = next(
-            (lines[detail["loc"][:n]] for n in range(len(detail["loc"]), -1, -1) if detail["loc"][:n] in lines), ""
-        )
-        path = _dotted(_written(detail["loc"], data))
-        line = f"{path}: {_explain(detail, schema, data)}" if path else _explain(detail, schema, data)
-        found.append((list(lines).index(detail["loc"]) if detail["loc"] in lines else len(lines), place, line))
-    return [f"{place}: {line}" if place else line for _, place, line in sorted(found, key=lambda item: item[0])]
-
-
-def _written(location: Iterable[str | int], data: Any) -> Iterator[str | int]:
-    """`location` as it stands in the file: a part given alone where a list may stand has no index."""
-    for part in location:
-        if not isinstance(part, int) or isinstance(data, list | tuple):
-            yield part
-        data = _child(data, part)
-
-
-def _child(data: Any, part: str | int) -> Any:
-    if isinstance(part, int):
-        return data[part] if isinstance(data, list | tuple) and part < len(data) else data
-    return data.get(part) if isinstance(data, Mapping) else data
-
-
-def _explain(detail: ErrorDetails, schema: type[Schema], data: Any) -> str:
-    if detail["type"] == "extra_forbidden":
-        keys = _keys_at(detail["loc"][:-1], schema, data)
-        near = closest(str(detail["loc"][-1]), keys)
-        return f"unknown key{near or '; keys here: ' + (', '.join(keys) or 'none')}"
-    if detail["type"] == "missing":
-        return "this key is needed"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] in ("value_error", "unknown_kind", "slot", "no_kind") or isinstance(detail["input"], Mapping):
-        return message
-    return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
-
-
-def _keys_at(location: tuple[str | int, ...], schema: type[Schema], data: Any) -> list[str]:
-    """The keys allowed in the table at `location`, found by walking schema and data together."""
-    current: type[Schema] | None = schema
-    slot: _Slot | None = None
-    default_kind: str | None = None
-    for part in location:
-        data = _child(data, part)
-        if isinstance(part, str) and current is not None:
-            field = current.model_fields.get(part)
-            slot = _find(field.annotation, field.metadata) if field else None
-            default_kind = slot.default_kind if slot else None
-            if field is not None and isinstance(field.default, str):
-                default_kind = field.default
-            current = _table(field.annotation, data) if field else None
-        if slot is not None:
-            kind = data.get("kind", default_kind) if isinstance(data, Mapping) else data
-            current = loaded_plugins().catalog[slot.base.slot].get(str(kind))
-    if current is None:
-        return []
-    return [*(["kind"] if issubclass(current, Component) and slot else []), *current.model_fields]
-
-
-def _table(annotation: Any, data: Any = None) -> type[Schema] | None:
-    """The table that an annotation (`Table`, `Table | None`) means; of several, the one of the `kind` in `data`."""
-    candidates = (annotation, *get_args(annotation))
-    tables = [one for one in candidates if isinstance(one, type) and issubclass(one, Schema)]
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    named = [table for table in tables if "kind" in table.model_fields and table.model_fields["kind"].default == kind]
-    return next(iter(named or tables), None)
-
-
-def _find(annotation: Any, metadata: Iterable[Any] = ()) -> _Slot | None:
-    """The slot in a field's annotation, however deep (`list[Slot[...]]`, `Slot[...] | None`)."""
-    for item in metadata:
-        if isinstance(item, _Slot):
-            return item
-    for argument in get_args(annotation):
-        found = argument if isinstance(argument, _Slot) else _find(argument, getattr(argument, "__metadata__", ()))
-        if found is not None:
-            return found
-    return None

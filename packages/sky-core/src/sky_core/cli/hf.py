@@ -62,7 +62,8 @@ def import_(source: str, out: str, name: str | None, tags: tuple[str, ...], plug
     "--shard-size", type=Size(), default="5GB", show_default=True, help="Most that one file of weights holds."
 )
 @click.option("--architecture", help="model_type to write, where several could hold the model.")
-def export(run: str, folder: Path, dtype: str, shard_size: int, architecture: str | None) -> None:
+@click.option("--without-mtp", is_flag=True, help="Leave the modules of multi-token prediction out.")
+def export(run: str, folder: Path, dtype: str, shard_size: int, architecture: str | None, without_mtp: bool) -> None:
     """Write RUN (a directory, name, unique prefix, @last, @best, name@step) as a Hugging Face checkpoint.
 
     AutoModelForCausalLM and AutoTokenizer of transformers load the folder. Averaged weights are written where the run
@@ -73,5 +74,13 @@ def export(run: str, folder: Path, dtype: str, shard_size: int, architecture: st
 
     with quiet():
         model, tokenizer = load(run)
-        export(model, tokenizer, folder, dtype=dtype, shard_bytes=shard_size, architecture=architecture)
+        export(
+            model,
+            tokenizer,
+            folder,
+            dtype=dtype,
+            shard_bytes=shard_size,
+            architecture=architecture,
+            without_mtp=without_mtp,
+        )
     click.echo(f"wrote {folder}")

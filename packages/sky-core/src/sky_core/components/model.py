@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from sky_core import slots
 from sky_core.component import Schema, Slot, Tiled
+from sky_core.components.attention import Sdpa
 from sky_core.components.position import Rope, Sinusoidal
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Decoder(slots.Model):
             raise problem(
                 "n_head {n_head} is not a multiple of n_kv_head {n_kv_head}: use one of {divisors}", divisors=divisors
             )
+        if isinstance(self.kernel, Sdpa) and any(getattr(attention, "softcap", None) for attention in self.attention):
+            raise problem("kernel sdpa cannot cap scores, as attention.softcap asks: use kernel: naive or auto")
         for position in self.position:
             if isinstance(position, Rope) and (misfit := position.misfit(self.width_of_head)):
                 raise problem("{misfit}", misfit=misfit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from sky_core.training.trainer import Trainer
 
 
+log = logging.getLogger(__name__)
+
+
 class NextToken(slots.Objective):
     """Predict the next token: the negative log-likelihood of every target, in nats."""
 
@@ -29,6 +33,8 @@ class NextToken(slots.Objective):
     def build(self, run: Run, tokenizer: Tokenizer) -> BuiltNextToken:
         from sky_core.training.objective import NextToken as Built
 
+        if getattr(run.model, "n_mtp", 0):
+            log.warning("objective next_token leaves the model's n_mtp modules untrained; multi_token trains them")
         return Built()
 
 

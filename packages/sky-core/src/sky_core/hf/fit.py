@@ -17,18 +17,18 @@ from sky_core.components.attention import Full
 from sky_core.components.layers import GEGLU, SwiGLU
 from sky_core.components.model import Decoder
 from sky_core.components.moe import MixtureOfExperts
-from sky_core.config import problems
 from sky_core.errors import UserError
 from sky_core.hf.architectures import ARCHITECTURES, Architecture, architecture
 from sky_core.hf.config import Config
+from sky_core.problems import problems
 
 if TYPE_CHECKING:
     from sky_core.model.language_model import LanguageModel
 
 Table = dict[str, Any]
 
-TRAINING_ONLY = {"kernel", "dropout", "initializer_range", "zero_residual"}
-"""Options of a decoder that change no logit."""
+TRAINING_ONLY = {"kernel", "dropout", "initializer_range", "zero_residual", "n_mtp"}
+"""Options of a decoder that change no logit of the next token."""
 
 
 def choose(model: LanguageModel, wanted: str | None = None) -> tuple[Architecture, Decoder, Table]:

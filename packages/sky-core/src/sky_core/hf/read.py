@@ -18,12 +18,12 @@ import torch
 from pydantic import ValidationError
 
 from sky_core.components.model import Decoder
-from sky_core.config import problems
 from sky_core.errors import UserError
 from sky_core.hf.architectures import Architecture
 from sky_core.hf.keys import Group, plan
 from sky_core.hf.table import model_table
 from sky_core.hf.tensors import TensorFiles
+from sky_core.problems import problems
 from sky_core.tokenizer.huggingface import read_huggingface
 
 if TYPE_CHECKING:

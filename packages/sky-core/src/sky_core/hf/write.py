@@ -42,11 +42,13 @@ def export(
     dtype: str = "float32",
     shard_bytes: int = 5_000_000_000,
     architecture: str | None = None,
+    without_mtp: bool = False,
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, which must be new or empty; returns it.
 
     `dtype` is float32 or bfloat16, `shard_bytes` the most that one file of weights holds, `architecture` the
-    `model_type` to write where several could hold the model. Raises `UserError` where none can, where the tokenizer has
+    `model_type` to write where several could hold the model; `without_mtp` leaves modules of multi-token prediction
+    out, for which none has a place. Raises `UserError` where none can, where the tokenizer has
     no Hugging Face form, or where something is in the folder already; `CheckpointError` when it cannot be written.
     """
     folder = Path(folder)
@@ -55,7 +57,12 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: there is something in it already; give a new folder, or delete this one first")
     one, decoder, keys = choose(model, architecture)
-    state = model.state_dict()
+    if model.n_mtp and not without_mtp:
+        raise UserError(
+            f"the model has {model.n_mtp} modules of multi-token prediction, for which {one.model_type} has no place;"
+            " the next token does not need them: leave them out with --without-mtp (without_mtp=True)"
+        )
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
     groups = plan(state, one.rules(decoder))
 
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.end_of_text}

@@ -5,41 +5,26 @@ and `content`) and gives text; the dialect is that of transformers' `apply_chat_
 and `continue` work, and there are `raise_exception`, `strftime_now`, a `tojson` that leaves HTML alone, and
 `{% generation %}...{% endgeneration %}` around what the assistant says.
 
-It runs in Jinja's immutable sandbox: no attribute with an underscore, no changes to what it was given, no `range` of
-more than 100,000. Two things are ours. What it is given is rebuilt from plain JSON values, so that no method of a
-caller's object is within reach; and the rounds of its loops and macros are counted and end after STEPS, powers and
-products at SIZE, so that it does not run for ever.
+It runs in a sandbox (`chat_sandbox.py`), so that a file from anywhere can do no more than write text.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from threading import local
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 
 from sky_core.errors import DataError, UserError
+from sky_core.tokenizer.chat_sandbox import STEPS, Refused, Sandbox, one_line
 
 if TYPE_CHECKING:
-    from jinja2.parser import Parser
-    from jinja2.runtime import Macro
-
     from sky_core.tokenizer.base import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
-
-STEPS = 100_000
-"""Rounds of loops and calls of macros in one rendering."""
-SIZE = 1_000_000
-"""The longest text or list that a product makes, and the most bits of a number."""
 
 TEMPLATES = {
     "chatml": (
@@ -117,81 +102,15 @@ def encode_chat_with_mask(
     return [i for i, _, _ in spans], mask
 
 
-class _Generation(Extension):
-    """`{% generation %}`: tells the sandbox where in the text its content stands."""
-
-    tags = {"generation"}
-    environment: _Sandbox
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        self.environment.marks = True
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-    def mark(self, caller: Macro) -> str:
-        text: str = caller()
-        state = self.environment.state
-        state.places.append((state.length, state.length + len(text)))
-        return text
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template. `marks`: it has a generation block; `state`: of the rendering in this thread."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        self.marks = False
-        self.state = local()
-        self.filters["tojson"] = _to_json
-        self.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        del self.globals["lipsum"]
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
-            *tree.find_all(nodes.For), *tree.find_all(nodes.Macro), *tree.find_all(nodes.CallBlock),
-        ]  # fmt: skip
-        for node in repeated:
-            step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
-            node.body.insert(0, nodes.Output([step]).set_lineno(node.lineno))
-            if isinstance(node, nodes.For) and node.test is not None:
-                node.test = nodes.Or(step, node.test).set_lineno(node.lineno)
-        return tree
-
-    def step(self) -> str:
-        self.state.left -= 1
-        if self.state.left < 0:
-            raise SecurityError(f"its loops and macros take more than {STEPS:,} steps")
-        return ""
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            size = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-        elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
-            count, text = (left, right) if isinstance(left, int) else (right, left)
-            size = count * len(text) if hasattr(text, "__len__") else 0
-        else:
-            size = 0
-        if size > SIZE:
-            raise SecurityError(f"{operator} makes something larger than {SIZE:,}")
-        return super().call_binop(context, operator, left, right)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise SecurityError(f"the attribute {attribute!r} of a {type(obj).__name__} is out of its reach")
-
-
 @lru_cache(maxsize=64)
-def _compiled(template: str) -> tuple[_Sandbox, jinja2.Template]:
-    sandbox = _Sandbox()
+def _compiled(template: str) -> tuple[Sandbox, jinja2.Template]:
+    sandbox = Sandbox()
     try:
         return sandbox, sandbox.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from None
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-        raise UserError(f"the chat template cannot be compiled: {_line(error)}") from None
+        raise UserError(f"the chat template cannot be compiled: {one_line(error)}") from None
 
 
 def _template_of(tokenizer: Tokenizer) -> str:
@@ -226,11 +145,11 @@ def _render(
             parts.append(part)
             state.length += len(part)
     except (SecurityError, OverflowError) as error:
-        raise UserError(f"the chat template tries what is forbidden to it: {_line(error)}") from None
-    except _Refused as error:
-        raise UserError(f"the chat template refuses these messages: {_line(error)}") from None
+        raise UserError(f"the chat template tries what is forbidden to it: {one_line(error)}") from None
+    except Refused as error:
+        raise UserError(f"the chat template refuses these messages: {one_line(error)}") from None
     except Exception as error:  # noqa: BLE001 - a template is a program, and can fail in any way
-        raise UserError(f"the chat template fails: {type(error).__name__}: {_line(error)}") from None
+        raise UserError(f"the chat template fails: {type(error).__name__}: {one_line(error)}") from None
     return "".join(parts), state.places
 
 
@@ -246,21 +165,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise UserError(f"a chat template is given texts, numbers, lists and tables, not a {type(value).__name__}")
-
-
-class _Refused(jinja2.TemplateError):
-    """Raised by a template itself."""
-
-
-def _refuse(message: str) -> None:
-    raise _Refused(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -25,6 +25,8 @@ A parameter of three dimensions is a stack of matrices (the experts of a mixture
 Where we differ: matrices of one shape (transposes included) are iterated together as one stack; without hardware for
 bfloat16 the iteration runs in float32.
 
+Routers of experts and gates of values are hidden matrices like others; `exclude` leaves them to AdamW.
+
 N matrices in a stack, E experts, R rows, C columns with R ≤ C.
 """
 
