@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -41,7 +41,7 @@ class WithChatTemplate(Tokenizer):
     ] = None
 
     @model_serializer(mode="wrap")
-    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Without `special` and `chat_template` where nothing is asked for: data prepared before they existed is
         recognised by what it was asked for then."""
         fields = type(self).model_fields
