@@ -94,7 +94,10 @@ def test_it_sees_tools_and_other_variables_as_plain_values(chatty: Tokenizer) ->
 
 
 ATTACKS = {
-    "{{ ''.__class__ }}": "forbidden.*'__class__' of a str",
+    "{{ ''.__class__ }}": "forbidden.*'__class__' in line 1",
+    "{{ ''['__class__'] }}": "forbidden.*'__class__' in line 1",
+    "{{ ''|attr('__cla' ~ 'ss__') }}": "forbidden.*'__class__' of a str",
+    "{{ ''['__cla' ~ 'ss__'] }}": "forbidden.*'__class__' of a str",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "forbidden",
     "{{ messages|attr('__class__') }}": "forbidden",
     "{{ messages|map(attribute='__class__')|list }}": "forbidden",
@@ -102,13 +105,14 @@ ATTACKS = {
     "{{ cycler.__init__.__globals__.os.system('touch hacked') }}": "forbidden",
     "{{ raise_exception.__globals__ }}": "forbidden",
     "{{ self.__init__.__globals__ }}": "forbidden",
-    "{{ lipsum.__globals__['os'].system('touch hacked') }}": "'lipsum' is undefined",
+    "{{ lipsum.__globals__['os'].system('touch hacked') }}": "forbidden",
+    "{{ lipsum(n=1) }}": "'lipsum' is undefined",
     "{{ messages.append(1) }}": "forbidden.*'append' of a list",
     "{% do messages[0].update(role='x') %}": "no Jinja template",
     "{{ messages[0].update(role='x') }}": "forbidden.*'update' of a dict",
     "{% set messages[0].role = 'x' %}": "no Jinja template",
     "{% set messages.x = 1 %}": "non-namespace",
-    "{% include '/etc/passwd' %}": "no loader",
+    "{% include '/etc/passwd' %}": "forbidden.*line 1 reads another file",
     "{% for i in range(10**9) %}{% endfor %}": "forbidden.*Range too big",
     "{{ 'a' * 10**12 }}": r"forbidden.*\* makes something larger",
     "{{ 10 ** (10 ** 10) }}": r"forbidden.*\*\* makes something larger",

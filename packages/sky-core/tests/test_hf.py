@@ -297,7 +297,7 @@ def as_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def index(folder: Path, **weight_map: str) -> None:
+def index(folder: Path, **weight_map: str | int) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
@@ -309,6 +309,9 @@ def small_embedding(tensors: dict[str, torch.Tensor]) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[SkyError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), UserError, "no config.json"),
     "config cut off": (lambda f: (f / "config.json").write_text('{"a":'), UserError, "config.json: damaged"),
+    "config without end": (lambda f: (f / "config.json").write_text("[" * 100_000), UserError, "config.json: damaged"),
+    "layers without end": (lambda f: change(f, num_hidden_layers=10**9), UserError, "a depth of 1,000,000,000 layers"),
+    "heads without end": (lambda f: change(f, head_dim=10**9), UserError, "a total width of heads of 4,000,000,000"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), UserError, "no model.safetensors"),
     "a pickle": (as_pickle, UserError, "pytorch_model.bin, a pickle, which can run any code.*save_pretrained"),
     "cut off": (cut, CheckpointError, "model.safetensors: damaged or cut off"),
@@ -319,6 +322,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[SkyError], str]] = {
         CheckpointError,
         "index.json: damaged",
     ),
+    "index of numbers": (lambda f: index(f, a=3), CheckpointError, "index.json: damaged"),
     "index of another": (lambda f: index(f, a="model-00001-of-00002.safetensors"), CheckpointError, "does not agree"),
     "missing": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), UserError, "model.norm.weight is missing"),
     "surplus": (lambda f: rewrite(f, lambda t: t.update(x=torch.ones(1))), UserError, "x is none of its tensors"),
@@ -333,6 +337,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[SkyError], str]] = {
         "model.norm.weight is kept as I8",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SkyError, "no tokenizer.json"),
+    "tokenizer without end": (lambda f: (f / "tokenizer.json").write_text("[" * 100_000), SkyError, "it is damaged"),
+    "a template that runs code": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('touch hacked') }}"),
+        UserError,
+        r"chat_template\.jinja: the chat template tries what is forbidden to it: .*'__globals__'",
+    ),
     "another tokenizer": (
         lambda f: (rewrite(f, small_embedding), change(f, vocab_size=200)),
         UserError,

@@ -74,7 +74,7 @@ class Config:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{folder}: no {FILE}, so this is no Hugging Face checkpoint") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: damaged ({error}); get it again") from None
         if not isinstance(values, dict):
             raise UserError(f"{file}: damaged (no JSON object); get it again")

@@ -9,6 +9,7 @@ How names and shapes fit is known before the model is built, so a wrong file is 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def read(folder: str | Path) -> Read:
         raise UserError(f"{folder / 'config.json'}: {'; '.join(problems(error, Decoder, table, {}))}") from None
     files = TensorFiles(folder)
     rows = table["vocab_size"]
+    _check_size(files, decoder, rows)
     with torch.device("meta"):
         outline = decoder.build(rows)
     groups = plan(outline.state_dict(), architecture.rules(decoder))
@@ -81,6 +83,24 @@ def read(folder: str | Path) -> Read:
                 state[name].copy_(tensor)
     kept = {str(files.dtypes[name]).removeprefix("torch.") for name in names.values()}
     return Read(model.eval(), tokenizer, table, architecture, kept.pop() if len(kept) == 1 else "mixed")
+
+
+def _check_size(files: TensorFiles, decoder: Decoder, rows: int) -> None:
+    """Refuse a config.json whose model is larger than the file in a single number, before an outline of it is made."""
+    held = sum(math.prod(shape) for shape in files.shapes.values())
+    widths = {
+        "width": decoder.d_model,
+        "total width of heads": decoder.n_head * decoder.width_of_head,
+        "vocabulary": rows,
+    }
+    large = [f"{what} of {size:,}" for what, size in widths.items() if size > held]
+    if decoder.n_layer > len(files.shapes):
+        large = [f"depth of {decoder.n_layer:,} layers"]
+    if large:
+        raise UserError(
+            f"{files.folder}: config.json describes a {large[0]}, and the files hold {len(files.shapes)} tensors with"
+            f" {held:,} numbers: they do not belong together; get the whole checkpoint"
+        )
 
 
 def _names(files: TensorFiles, one: Architecture, decoder: Decoder, groups: list[Group]) -> dict[str, str]:

@@ -63,7 +63,9 @@ class TensorFiles:
             files: dict[str, set[str] | None] = {file: set() for file in weight_map.values()}
             for name, file in weight_map.items():
                 files[file].add(name)  # type: ignore[union-attr]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{self.folder / INDEX}: damaged; get it again") from None
         for file in files:
             if Path(file).name != file or not (self.folder / file).is_file():

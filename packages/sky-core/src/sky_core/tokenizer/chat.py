@@ -59,6 +59,14 @@ def read_template(name: str) -> str:
     return template
 
 
+def check_template(template: str, where: Path) -> None:
+    """Raise `DataError`, which names the file `where`, when this is no template or one that would run code."""
+    try:
+        _compiled(template)
+    except UserError as error:
+        raise DataError(f"{where}: {error}; take it out if you can do without it, or get another") from None
+
+
 def render_chat(
     tokenizer: Tokenizer, messages: Messages, *, add_generation_prompt: bool = False, **variables: Any
 ) -> str:
@@ -107,6 +115,8 @@ def _compiled(template: str) -> tuple[Sandbox, jinja2.Template]:
     sandbox = Sandbox()
     try:
         return sandbox, sandbox.from_string(template)
+    except SecurityError as error:
+        raise UserError(f"the chat template tries what is forbidden to it: {one_line(error)}") from None
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from None
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:

@@ -3,6 +3,7 @@
 No attribute with an underscore, no changes to what it was given, no `range` of more than 100,000: that is Jinja's.
 Ours: the rounds of its loops and macros are counted and end after STEPS; powers, products, sums, joints and widths end
 at SIZE. So it neither runs for ever nor fills the memory in a line (what it builds of many such pieces has no bound).
+One that names Python's own attributes or other files is not even compiled: that is told when it is read.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
+        _check_reach(tree)
         repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
             *tree.find_all(nodes.For), *tree.find_all(nodes.Macro), *tree.find_all(nodes.CallBlock),
         ]  # fmt: skip
@@ -120,6 +122,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         raise SecurityError(f"the attribute {attribute!r} of a {type(obj).__name__} is out of its reach")
+
+
+def _check_reach(tree: nodes.Template) -> None:
+    """Refuse a template that names attributes such as `__class__`, or other files. What it puts together while it runs
+    is refused then."""
+    if files := next(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)), None):
+        raise SecurityError(f"line {files.lineno} reads another file")
+    named: list[tuple[Any, int]] = [(node.attr, node.lineno) for node in tree.find_all(nodes.Getattr)]
+    arguments = [node.arg for node in tree.find_all(nodes.Getitem)]
+    arguments += [one for node in tree.find_all(nodes.Filter) if node.name == "attr" for one in node.args[:1]]
+    named += [(one.value, one.lineno) for one in arguments if isinstance(one, nodes.Const)]
+    for name, line in named:
+        if isinstance(name, str) and re.fullmatch(r"__\w+__", name):
+            raise SecurityError(f"the attribute {name!r} in line {line} is out of its reach")
 
 
 def _check_size(operator: str, size: int) -> None:

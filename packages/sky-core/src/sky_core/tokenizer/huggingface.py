@@ -24,6 +24,7 @@ from sky_core.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer, make_
 
 CONFIG = "tokenizer_config.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LISTS = ("additional_special_tokens", "extra_special_tokens")
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
 """Names by which a special token is taken for the end of a text where no file says which one it is."""
 
@@ -46,7 +47,13 @@ def read_huggingface(path: str | Path) -> HuggingFaceTokenizer:
     companions = read_companions(folder)
     config: dict[str, Any] = {}
     for companion, content in reversed(companions.items()):  # what tokenizer_config.json says counts
-        config |= _object(content, folder / companion)
+        config |= _settings(content, folder / companion)
+    beside = read_chat_template(folder)
+    template = beside or _template(config.get("chat_template"))
+    if template:
+        from sky_core.tokenizer.chat import check_template
+
+        check_template(template, folder / (CHAT_TEMPLATE if beside else CONFIG))
     try:
         parse(text)
         engine = make_engine(text)
@@ -60,7 +67,7 @@ def read_huggingface(path: str | Path) -> HuggingFaceTokenizer:
         tokenizer = HuggingFaceTokenizer(text, sorted(named - {*special}), end, bos, prefix, companions)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    tokenizer.chat_template = read_chat_template(folder) or _template(config.get("chat_template"))
+    tokenizer.chat_template = template or None
     return tokenizer
 
 
@@ -106,9 +113,32 @@ def _prefix(engine: Any, config: dict[str, Any], bos: str | None) -> list[int]:
 
 def _named(config: dict[str, Any]) -> set[str]:
     """The tokens that a configuration calls special."""
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    more: dict[str, Any] | list[Any] = next(filter(None, map(config.get, LISTS)), [])
     values = [*(config.get(role) for role in ROLES), *(more.values() if isinstance(more, dict) else more)]
     return {name for value in values if (name := _name(value))}
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
+    """What a companion file says. Raises `DataError` where a token or a template is of a type that neither can be."""
+    content = _object(text, path)
+    rules = dict.fromkeys(ROLES, _is_name) | dict.fromkeys(LISTS, _is_list) | {"chat_template": _is_template}
+    for key, right in rules.items():
+        if (value := content.get(key)) and not right(value):
+            raise DataError(f"{path} is damaged ({key} is {json.dumps(value):.60}); get it again")
+    return content
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(_name(value) or "", str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | dict) and all(map(_is_name, value.values() if isinstance(value, dict) else value))
+
+
+def _is_template(value: Any) -> bool:
+    named = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, str) or (named and all(isinstance(one.get("template"), str) for one in value))
 
 
 def _name(value: Any) -> str | None:
@@ -126,7 +156,7 @@ def _template(value: Any) -> str | None:
 def _object(text: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); get it again") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} is damaged (no JSON object); get it again")

@@ -55,7 +55,7 @@ def parse(text: str) -> dict[str, Any]:
     """The content of a tokenizer.json. Raises `DataError` when it is damaged or of another format."""
     try:
         definition = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"it is damaged ({error}); get it again") from None
     if isinstance(definition, dict) and definition.get("format") == FORMAT:
         raise DataError("it is skyGPT's own format, which needs no import: use {kind: saved, path: FOLDER}")
