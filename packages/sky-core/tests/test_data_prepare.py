@@ -189,7 +189,8 @@ def test_tinyshakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["document", "position"])
 def test_a_split_without_text_says_what_to_change(tmp_path: Path, split: str) -> None:
-    with pytest.raises(DataError, match=r"the (train|validation) split is empty: 1 document, .*--validation"):
+    advice = r"in a run file, split: position.*in a run file, validation:" if split == "document" else "give more text"
+    with pytest.raises(DataError, match=rf"the (train|validation) split is empty: 1 document, .*{advice}"):
         prepare([Document("d", "x", "m")], tmp_path / "out", BYTE, split=split, validation=0.5)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

@@ -177,6 +177,7 @@ CLOZE = {"context": "one", "choices": ["a", "b"], "answer": 0}
         ({**CLOZE, "answer": -1}, "it is -1"),
         ({**CLOZE, "answer": True}, "it is True"),
         ({**CLOZE, "answer": "a"}, "it is 'a'"),
+        ({**CLOZE, "choices": ["a", "b" * 300]}, "301 tokens are to be predicted .* the model's context is 256"),
     ],
 )
 def test_a_cloze_item_that_cannot_be_used_is_named_by_its_line(
@@ -248,6 +249,7 @@ def test_sentences_may_follow_a_text(lines: Callable[..., str]) -> None:
         ({"good": "a", "bad": "a"}, "both sentences are the same"),
         ({"good": "", "bad": "a"}, "a sentence is empty"),
         ({"good": "a", "bad": "b", "category": 3}, "'category' must be a string"),
+        ({"good": "a", "bad": "b" * 300}, "300 tokens are to be predicted"),
     ],
 )
 def test_a_pair_that_cannot_be_used_is_named_by_its_line(lines: Callable[..., str], line: Any, complaint: str) -> None:

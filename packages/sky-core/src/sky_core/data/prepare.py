@@ -303,8 +303,10 @@ def _check_splits(meta: Meta, split: SplitBy, validation: float) -> None:
     documents = sum(part.documents for part in meta.splits.values())
     for name, part in meta.splits.items():
         if not part.tokens:
-            advice = "--split position cuts the text instead" if split == "document" else "give more text"
+            by_position = "cut the text instead (--split position; in a run file, split: position)"
+            advice = by_position if split == "document" else "give more text"
             raise DataError(
                 f"the {name} split is empty: {documents} document{'s' * (documents != 1)}, of which a fraction of "
-                f"{validation:g} is to validate; {advice}, --validation changes the fraction"
+                f"{validation:g} is to validate; {advice}, or change the fraction (--validation; in a run "
+                "file, validation:)"
             )

@@ -53,7 +53,7 @@ def cloze(
     pairs = []
     for question in questions:
         try:
-            pairs += [encode_pair(tokenizer, question.context, choice) for choice in question.choices]
+            pairs += [encode_pair(tokenizer, question.context, choice, model.max_length) for choice in question.choices]
         except UserError as error:
             raise DataError(f"{question.where}: {error}") from error
     scores = score_tokens(model, pairs, autocast, batch_tokens=options.batch_tokens)

@@ -46,7 +46,9 @@ def minimal_pairs(
     encoded = []
     for pair in pairs:
         try:
-            encoded += [encode_pair(tokenizer, options.prefix, text) for text in (pair.good, pair.bad)]
+            encoded += [
+                encode_pair(tokenizer, options.prefix, text, model.max_length) for text in (pair.good, pair.bad)
+            ]
         except UserError as error:
             hint = "" if tokenizer.end_of_text is not None else ', or set prefix (such as "\\n")'
             raise DataError(f"{pair.where}: {error}{hint}") from error

@@ -70,8 +70,13 @@ def loglikelihoods(
     return score_tokens(model, encoded, autocast, batch_tokens=batch_tokens)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of the context (at least one) and of the continuation (at least one)."""
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, longest: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Tokens of the context (at least one) and of the continuation (at least one; at most `longest`).
+
+    Raises as `loglikelihoods`.
+    """
     if not continuation:
         raise DataError(f"nothing follows the context {context[-40:]!r}: a continuation needs at least one character")
     kept = context.rstrip() or context
@@ -79,7 +84,16 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     shared = next((i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b), min(len(head), len(whole)))
     if shared == len(whole):
         raise DataError(f"the tokenizer has no token for {continuation!r:.40} after {context[-40:]!r}; leave it out")
+    if longest is not None:
+        _check_length(len(whole) - shared, longest)
     return [*tokenizer.prompt_prefix, *whole[:shared]] or [start_token(tokenizer)], whole[shared:]
+
+
+def _check_length(tokens: int, longest: int) -> None:
+    if tokens > longest:
+        raise DataError(
+            f"{tokens} tokens are to be predicted in one go, but the model's context is {longest}; leave such items out"
+        )
 
 
 def start_token(tokenizer: Tokenizer) -> int:
@@ -128,11 +142,7 @@ def predictions(
     """
     longest = model.max_length
     for row in rows:
-        if len(row.targets) > longest:
-            raise DataError(
-                f"{len(row.targets)} tokens are to be predicted in one go, but the model's context is {longest};"
-                " leave such items out"
-            )
+        _check_length(len(row.targets), longest)
     cut = [row.tokens[-longest:] for row in rows]
     found: list[torch.Tensor | None] = [None] * len(rows)
     with undisturbed(model) as device:
