@@ -93,6 +93,15 @@ def test_it_sees_tools_and_other_variables_as_plain_values(chatty: Tokenizer) ->
         chatty.render_chat([{"role": "user", "content": Path()}])
 
 
+def test_a_template_whose_tokens_are_spelled_out_is_told_of(
+    chatty: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not caplog.messages
+    Byte(special=["<|im_end|>"], chat_template="chatml").train([])
+    (message,) = caplog.messages
+    assert "writes <|im_start|> as plain text" in message
+
+
 ATTACKS = {
     "{{ ''.__class__ }}": "forbidden.*'__class__' in line 1",
     "{{ ''['__class__'] }}": "forbidden.*'__class__' in line 1",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from sky_core.slots import Tokenizer
 
 if TYPE_CHECKING:
     from sky_core.tokenizer.base import Tokenizer as BuiltTokenizer
+
+log = logging.getLogger(__name__)
 
 
 def _compiles(pattern: str) -> str:
@@ -52,11 +56,21 @@ class WithChatTemplate(Tokenizer):
         }
 
     def with_template(self, make: Callable[[], BuiltTokenizer]) -> BuiltTokenizer:
-        """The tokenizer that `make` gives, with the template asked for, which is read before the work begins."""
+        """The tokenizer that `make` gives, with the template asked for, which is read before the work begins.
+
+        Warns of names in the template that look like special tokens and are none: they would be spelled out.
+        """
         from sky_core.tokenizer.chat import read_template
 
         template = None if self.chat_template is None else read_template(self.chat_template)
         tokenizer = make()
         if template is not None:
             tokenizer.chat_template = template
+            names = dict.fromkeys(re.findall(r"<\|\w+\|>", template))
+            if spelled := [name for name in names if name not in tokenizer.special]:
+                log.warning(
+                    "the chat template writes %s as plain text: no special token of the tokenizer; add special tokens"
+                    " (--special; in a run file, special:)",
+                    ", ".join(spelled),
+                )
         return tokenizer
