@@ -56,6 +56,7 @@ def sample(
     """
     import json
     from dataclasses import asdict
+    from itertools import chain, islice
 
     from sky_core.api import load
     from sky_core.errors import UserError
@@ -82,8 +83,9 @@ def sample(
 
     if len(texts) == 1 and stream and not as_json:
         pieces = stream_tokens(model, tokenizer, ids, **options)
+        first = list(islice(pieces, 1))  # what is wrong with the options shows before anything is written
         click.secho(texts[0], bold=True, nl=False)
-        for piece in pieces:
+        for piece in chain(first, pieces):
             click.echo(piece.text, nl=False)
         click.echo()
         return

@@ -1,8 +1,8 @@
 """RoPE in a config.json and in a run file.
 
 transformers 5 writes `rope_parameters: {rope_type, rope_theta, ...}`. Before that `rope_theta` and `rope_scaling:
-{type, ...}` stood beside each other, which GPT-NeoX called `rotary_emb_base` and `rotary_pct`. We read all
-and write the newest.
+{type, ...}` stood beside each other, which GPT-NeoX called `rotary_emb_base` and `rotary_pct`. We read all and write
+both: a reader that looks for the older ones alone would take their defaults.
 """
 
 from __future__ import annotations
@@ -73,19 +73,26 @@ def read_rope(c: Config, length: int, *, theta: float = 1e4, fraction: float | N
 
 
 def write_rope(decoder: Decoder, *, fraction: bool = False) -> Table:
-    """`rope_parameters` and `max_position_embeddings` of a model whose layers share one RoPE."""
+    """The keys of a model whose layers share one RoPE; `fraction`: under GPT-NeoX's older names."""
     position = decoder.position[0]
     if not isinstance(position, Rope):
         return {"max_position_embeddings": decoder.max_length, "rope_parameters": {"rope_type": "default"}}
-    rope: Table = {"rope_type": "default", "rope_theta": position.theta}
-    if fraction:
-        rope["partial_rotary_factor"] = position.fraction
+    rope: Table = {"rope_type": "default"}
     scaling, length = position.scaling, decoder.max_length
     if scaling is not None:
         options = scaling.model_dump(exclude={"kind", "original_length"}, exclude_none=True)
-        rope |= {"rope_type": scaling.kind, **options}
+        rope = {"rope_type": scaling.kind, **options}
     if isinstance(scaling, Llama3Scaling | YarnScaling):
         rope["original_max_position_embeddings"] = scaling.original_length
     if isinstance(scaling, DynamicScaling):
         length = scaling.original_length
-    return {"max_position_embeddings": length, "rope_parameters": rope}
+    newer, older = {"rope_theta": position.theta}, {"rope_theta": position.theta}
+    if fraction:
+        newer["partial_rotary_factor"] = position.fraction
+        older = {"rotary_emb_base": position.theta, "rotary_pct": position.fraction}
+    return {
+        "max_position_embeddings": length,
+        "rope_parameters": {**rope, **newer},
+        "rope_scaling": None if scaling is None else rope,
+        **older,
+    }

@@ -49,7 +49,9 @@ class SentencePieceTokenizer(PieceTokenizer):
         try:
             self._processor = _library().SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:
-            raise DataError(f"this is no SentencePiece model: {error}") from None
+            raise DataError(
+                "this is no SentencePiece model; a tokenizer.json and a file of tiktoken ranks go by their names"
+            ) from error
         ids = range(len(self._processor))
         special = {
             self._processor.id_to_piece(i): i
