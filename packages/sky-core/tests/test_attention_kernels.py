@@ -195,10 +195,36 @@ def test_sdpa_takes_the_fused_path(dropout: float) -> None:
     assert ("flash_attention" in called) == (dropout == 0.0)
 
 
+SHORT_OR_NOT = [(256, True, True), (257, True, False), (256, False, False)]
+
+
+@pytest.mark.parametrize(("length", "in_training", "wide"), SHORT_OR_NOT)
+def test_sdpa_trains_short_bf16_sequences_in_fp32(length: int, in_training: bool, wide: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, length, 8).to(torch.bfloat16).requires_grad_(in_training) for h in (4, 2, 2))
+    exact = naive(q.double(), k.double(), v.double(), Mask(), scale=SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = sdpa(q, k, v, Mask(), scale=SCALE)
+    assert y.dtype == torch.bfloat16
+    # Computed in fp32, the one rounding is that of the result; in bfloat16 the weights are rounded as well.
+    rounded_alike = (y == exact.to(torch.bfloat16)).double().mean()
+    assert (rounded_alike > 0.999) == wide
+    if in_training:
+        upstream = torch.randn_like(y)
+        for mine, true in zip(
+            torch.autograd.grad(y, (q, k, v), upstream),
+            torch.autograd.grad(exact, (q, k, v), upstream.double()),
+            strict=True,
+        ):
+            assert mine.dtype == torch.bfloat16
+            torch.testing.assert_close(mine, true, rtol=0.02, atol=0.05)
+
+
 def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     choose.cache_clear()
     with caplog.at_level("INFO", logger="sky_core"):
         assert Auto().build() is Auto().build() is auto
     assert caplog.messages == [
-        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention), naive for capped scores"
+        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU up to 256"
+        " tokens in fp32), naive for capped scores"
     ]
