@@ -64,6 +64,17 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     assert Path(record.__file__).parent == Path(table.__file__).parent == FOLDER
 
 
+def test_the_ablation_ends_in_the_recipe(benchmarks: ModuleType) -> None:
+    import shakespeare_ablation
+
+    from sky_core.config import read_run
+
+    ladder = [one for one in shakespeare_ablation.entries() if one["list"] == "ladder"]
+    end = read_run(ROOT / "recipes" / "nanogpt_cpu.yaml", ladder[-1]["overrides"]).as_dict()
+    recipe = read_run(ROOT / "recipes" / "shakespeare.yaml", ["train.precision=bf16"]).as_dict()
+    assert {key: end[key] for key in end if recipe[key] != end[key]}.keys() <= {"name", "checkpoint", "sample"}
+
+
 def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / f"{script}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
