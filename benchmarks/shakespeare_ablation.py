@@ -12,9 +12,11 @@ An entry's effect is the difference of its mean loss to the entry above it (LADD
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from record import ROOT, Record, add_corpus, arguments
+
+from sky_core.files import write_json
 
 Entry = tuple[str, list[str]]
 SWIGLU = 'model.feedforward={"kind": "swiglu", "d_ff": 344}'
@@ -66,8 +70,15 @@ OTHERS: list[Entry] = [
 
 
 def train(recipe: str, overrides: list[str], seed: int, folder: Path, data: Path) -> dict[str, Any]:
-    """Loss of the whole validation split, CPU seconds and characters of one run, in a process of its own."""
-    out = Path(tempfile.mkdtemp(dir=folder))
+    """Loss of the whole validation split, CPU seconds and characters of one run, in a process of its own.
+
+    A run of just this kind that `folder` already holds is not trained again.
+    """
+    key = hashlib.sha256(json.dumps([recipe, overrides, seed]).encode()).hexdigest()[:12]
+    out, result = folder / key, folder / f"{key}.json"
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf-8"))
+    shutil.rmtree(out, ignore_errors=True)
     fixed = [f"seed={seed}", f"out={out}", f"data.path={data}", f"data.cache={folder}/cache", "sample.every=null"]
     command = [sys.executable, "-m", "sky_core", "train", str(ROOT / "recipes" / f"{recipe}.yaml"), *fixed, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -81,7 +92,9 @@ def train(recipe: str, overrides: list[str], seed: int, folder: Path, data: Path
     events = [json.loads(line) for line in (directory / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     info = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     evaluation = [event for event in events if event["event"] == "eval"][-1]
-    return {"seed": seed, "loss": evaluation["loss"], "cpu_seconds": cpu_seconds, "characters": info["tokens"]}
+    run = {"seed": seed, "loss": evaluation["loss"], "cpu_seconds": cpu_seconds, "characters": info["tokens"]}
+    write_json(result, run)
+    return run
 
 
 def entries() -> list[dict[str, Any]]:
@@ -100,6 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each entry, seeded 1337, 1338, ... (default: 3)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     parser.add_argument("--only", nargs="*", help="entries whose name holds one of these words")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs: what is interrupted goes on from there")
     add_corpus(parser)
     options = parser.parse_args()
     seeds = [1337 + i for i in range(1 if options.smoke else options.seeds)]
@@ -109,7 +123,8 @@ def main() -> None:
     if options.smoke:
         chosen = chosen[:1] + chosen[-1:]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
-        folder, data = Path(name), options.data.resolve()
+        folder, data = (options.runs or Path(name)).resolve(), options.data.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         # Seed by seed, so that what the machine does in the meantime meets every entry alike.
         tasks = [
             (one, pool.submit(train, one["recipe"], [*one["overrides"], *small], seed, folder, data))
