@@ -72,7 +72,7 @@ def test_the_ablation_ends_in_the_recipe(benchmarks: ModuleType) -> None:
     ladder = [one for one in shakespeare_ablation.entries() if one["list"] == "ladder"]
     end = read_run(ROOT / "recipes" / "nanogpt_cpu.yaml", ladder[-1]["overrides"]).as_dict()
     recipe = read_run(ROOT / "recipes" / "shakespeare.yaml", ["train.precision=bf16"]).as_dict()
-    assert {key: end[key] for key in end if recipe[key] != end[key]}.keys() <= {"name", "checkpoint", "sample"}
+    assert {key: end[key] for key in end if recipe[key] != end[key]}.keys() <= {"name", "eval", "checkpoint", "sample"}
 
 
 def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
