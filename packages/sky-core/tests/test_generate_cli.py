@@ -52,7 +52,7 @@ def test_json_holds_every_sample_of_every_prompt(tiny_model: LanguageModel, tmp_
     assert [record["text"] for record in records] == generate(
         tiny_model, BYTES, ["a", "a", "é\n", "é\n"], max_new_tokens=5
     )
-    assert records[0].keys() == {"prompt", "text", "tokens", "logprobs", "finish", "proposed", "accepted"}
+    assert records[0].keys() == {"prompt", "text", "tokens", "logprobs", "finish", "proposed", "accepted", "error"}
     assert records[0]["finish"] == "length"
 
 

@@ -1,29 +1,28 @@
-"""Autoregressive generation with a key/value cache: the loop around the passes of `sky_core.generation.passes`.
+"""Autoregressive generation with a key/value cache: all prompts at once, until the last row is done.
 
-Each round chooses tokens from the logits of the last pass, hands them out, drops the rows that are finished and takes
-the others' tokens into the cache. A row's result depends on its prompt, its index and the seed, never on which other
-rows are in the batch. With a draft (`sky_core.generation.speculative`) a round takes its guesses in as well and chooses
-among them, so that a pass brings one token or several. The tokens of greedy decoding stay the same, up to ties of fp32:
-a pass over several tokens sums in another order than passes over one.
+Without a draft it is a `sky_core.generation.generator.Generator` with as many rows as there are prompts. With one
+(`sky_core.generation.speculative`) a pass takes its guesses in as well and chooses among them, so that it brings one
+token or several. A row's result depends on its prompt, its index and the seed, never on which other rows are in the
+batch. The tokens of greedy decoding are the same with a draft, up to ties of fp32: a pass over several tokens sums in
+another order than passes over one.
 
 Past the model's context: a row whose cache is full is read again from the last half of the context (its newest tokens,
 at positions from 0) and goes on; `sky_core.generation` logs it once. Up to there nothing differs.
-
-B rows, T time (tokens), K places (guesses and the token after them), D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sky_core.components.generation import Sample
-from sky_core.errors import UserError
+from sky_core.errors import SkyError, UserError
 from sky_core.eval.mode import evaluating
-from sky_core.generation.batch import RowBatch
+from sky_core.generation.batch import DraftedBatch
+from sky_core.generation.generator import Generator, check_prompt, stop_strings
 from sky_core.generation.row import Generation, Piece, Row
 from sky_core.generation.sampling import row_generator
 from sky_core.generation.text_stream import TextStream
@@ -47,28 +46,42 @@ def stream_tokens(
     stop: str | Sequence[str] = (),
     seed: int = 0,
     draft: Draft | None = None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Piece]:
     """Every new token as it comes: one `Piece` per unfinished row and pass, with a draft one or several. Equal prompts
-    are prefilled once.
+    are prefilled once, and all together or in passes over at most `prefill_chunk` tokens, which bounds their memory.
 
     Row i draws from its own generator, made of (seed, i). The model is in evaluation mode until the iterator is
     exhausted or closed. Raises `UserError` for a prompt that is empty, longer than the context, or holds ids that the
-    model does not know, and for a draft that cannot serve the model or whose guesses it cannot take back.
+    model does not know, and for a draft that cannot serve the model or whose guesses it cannot take back; `SkyError`
+    where the model gives no finite probability.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise UserError("a stop string is empty; leave it out or give at least one character")
+    stops = stop_strings(stop)
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give 0 or more")
+    if draft is not None and prefill_chunk is not None:
+        raise UserError("with a draft prompts are read in one pass; leave out prefill_chunk, or the draft")
     for i, prompt in enumerate(prompts):
-        _check_prompt(model, i, prompt)
+        check_prompt(f"prompt {i}", prompt, model, model.max_length)
     if not prompts or not max_new_tokens:
         return iter(())
+    sampler = sampler or Sample()
+    if draft is None:
+        generator = Generator(
+            model,
+            tokenizer,
+            rows=len(prompts),
+            max_length=min(model.max_length, max(map(len, prompts)) + max_new_tokens),
+            prefill_chunk=prefill_chunk,
+        )
+        for i, prompt in enumerate(prompts):
+            generator.submit(prompt, max_new_tokens=max_new_tokens, sampler=sampler, stop=stops, seed=seed, first=i)
+        return _sound(generator.stream())
     rows = [
-        Row(i, prompt, TextStream(tokenizer, stops), row_generator(seed, i), max_new_tokens)
+        Row(i, prompt, TextStream(tokenizer, stops), row_generator(seed, i), max_new_tokens, sampler)
         for i, prompt in enumerate(prompts)
     ]
-    return _decode(model, tokenizer, rows, (sampler or Sample()).build(), draft)
+    return _sound(_drafted(model, tokenizer, rows, draft))
 
 
 def generate_tokens(
@@ -81,31 +94,19 @@ def generate_tokens(
     return generations
 
 
-def _check_prompt(model: LanguageModel, i: int, prompt: Sequence[int]) -> None:
-    if not prompt:
-        raise UserError(f"prompt {i} is empty; give at least one token")
-    if len(prompt) > model.max_length:
-        raise UserError(
-            f"prompt {i} has {len(prompt)} tokens, more than the model's context of {model.max_length}; shorten it"
-        )
-    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-        raise UserError(
-            f"prompt {i} holds a token outside the model's vocabulary of {model.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
+def _sound(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """`pieces` up to the first that is an error."""
+    for piece in pieces:
+        if piece.error is not None:
+            raise SkyError(f"prompt {piece.row}: {piece.error}")
+        yield piece
 
 
 @torch.inference_mode()  # on a generator function, torch leaves the mode whenever a value is handed out
-def _decode(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    rows: list[Row],
-    choose: Callable[..., torch.Tensor],
-    draft: Draft | None,
-) -> Iterator[Piece]:
+def _drafted(model: LanguageModel, tokenizer: Tokenizer, rows: list[Row], draft: Draft) -> Iterator[Piece]:
     passes = taken = proposed = accepted = 0
     with evaluating(model):
-        batch = RowBatch(model, tokenizer.vocab_size, rows, choose, draft)
+        batch = DraftedBatch(model, tokenizer.vocab_size, rows, draft)
         while batch.rows:
             for row, drafted, tokens, logprobs in batch.choose():
                 passes, proposed = passes + 1, proposed + drafted
@@ -117,9 +118,8 @@ def _decode(
                     if row.finish is not None:
                         break
             batch.advance()
-    if draft is not None:
-        share = 100 * accepted / max(1, proposed)
-        log.info(
-            "draft: %d of %d tokens accepted (%.0f %%), %.2f tokens per pass of the model",
-            accepted, proposed, share, taken / passes,
-        )  # fmt: skip
+    share = 100 * accepted / max(1, proposed)
+    log.info(
+        "draft: %d of %d tokens accepted (%.0f %%), %.2f tokens per pass of the model",
+        accepted, proposed, share, taken / passes,
+    )  # fmt: skip

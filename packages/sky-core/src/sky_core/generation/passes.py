@@ -25,18 +25,22 @@ def extend(model: LanguageModel, blocks: Sequence[Sequence[int]], cache: Cache) 
 
     Where one pass would not do (see `in_groups`) the returned cache is a new one.
     """
-    device = next(model.parameters()).device
 
     def run(rows: list[int], cache: Cache) -> torch.Tensor:
-        tokens_BT, valid_BT = padded([blocks[row] for row in rows], device)
-        return model.hidden(tokens_BT, valid_BT=valid_BT, cache=cache)
+        return take_in(model, [blocks[row] for row in rows], cache)
 
     return in_groups(cache, [len(block) for block in blocks], run)
 
 
+def take_in(model: LanguageModel, blocks: Sequence[Sequence[int]], cache: Cache) -> torch.Tensor:
+    """Take a block of tokens (at least one) of each row into the cache in one pass: hidden_BTD, padded on the right."""
+    tokens_BT, valid_BT = padded(blocks, next(model.parameters()).device)
+    return model.hidden(tokens_BT, valid_BT=valid_BT, cache=cache)
+
+
 def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: Cache) -> torch.Tensor:
     """Take whole prompts into an empty cache: logits_BV of what follows each."""
-    hidden_BTD, _ = extend(model, prompts, cache)
+    hidden_BTD = take_in(model, prompts, cache)
     return model.logits(last(hidden_BTD, [len(prompt) for prompt in prompts], 1))[:, 0]
 
 

@@ -56,6 +56,7 @@ class Options(TypedDict, total=False):
     seed: int
     draft: str | Path | LanguageModel | Draft | None
     draft_tokens: int
+    prefill_chunk: int | None
 
 
 @overload
@@ -95,6 +96,7 @@ def generate(
     seed: int = 0,
     draft: str | Path | LanguageModel | Draft | None = None,
     draft_tokens: int = 4,
+    prefill_chunk: int | None = None,
     stream: bool = False,
 ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
     """The text that follows `prompt` (without it), or that follows each of several prompts.
@@ -109,7 +111,8 @@ def generate(
     distributed as without it (`sky_core.generation.speculative`), though a seed then stands for another text, except
     at temperature 0. It is a smaller model of the same tokenizer or what `load` takes for one, "lookup" (copy what
     followed earlier in the text), "mtp" (the model's own multi-token prediction), or a `Draft`, which has its own
-    number of tokens. Raises `UserError` for prompts, options and drafts that cannot be used.
+    number of tokens. Prompts are read at once, or `prefill_chunk` tokens at a time, which bounds the memory that long
+    ones take. Raises `UserError` for prompts, options and drafts that cannot be used.
     """
     options = {
         "temperature": temperature,
@@ -124,6 +127,7 @@ def generate(
         raise UserError(f"a sampler and {', '.join(given)} were given; set options on the sampler itself")
     prompts = encode_prompts(tokenizer, [prompt] if isinstance(prompt, str) else prompt)
     how: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    how["prefill_chunk"] = prefill_chunk
     how["draft"] = None if draft is None else make_draft(draft, tokenizer, draft_tokens)
     if stream:
         pieces = stream_tokens(model, tokenizer, prompts, **how)
