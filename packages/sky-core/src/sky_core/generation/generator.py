@@ -34,7 +34,7 @@ from sky_core.components.generation import Sample
 from sky_core.errors import UserError
 from sky_core.eval.mode import evaluating
 from sky_core.generation.passes import last, step, take_in
-from sky_core.generation.pool import SHARED, Pool, common
+from sky_core.generation.pool import Pool, common
 from sky_core.generation.row import SLIDING, Generation, Piece, Row
 from sky_core.generation.sampling import row_generator
 from sky_core.generation.text_stream import TextStream
@@ -262,7 +262,7 @@ class Generator:
             width, end = max(widest, len(context) - held), max(longest, held)
             if group and (width * (len(group) + 1) > self.chunk or end + width > pool.max_length):
                 break
-            if pool.cuts and any(common(other.context, context) >= held + SHARED for other in group):
+            if pool.cuts and any(common(other.context, context) >= held + pool.worth for other in group):
                 break  # the next step copies what this one reads
             place = first + len(group)
             if len(context) - held > self.chunk:

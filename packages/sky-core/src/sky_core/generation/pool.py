@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sky_core.generation")
 
-SHARED = 16
-"""Fewest common tokens that are copied: reading fewer again takes a model no longer than the copy."""
-
 
 class Pool:
     """`cache` and, place by place, the row that its tokens are of (`rows`): the first `cache.lengths[place]` of that
-    row's context."""
+    row's context. `cuts` says whether every layer can forget the end of a row and keep its beginning."""
+
+    worth = 16
+    """Fewest common tokens that are copied: to read fewer again takes no longer than the copy of a row."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache, self.max_length = cache, cache.max_length
@@ -71,12 +71,12 @@ class Pool:
                 missed = max(missed, shared)
             elif shared > most:
                 place, most = i, shared
-        if missed >= SHARED and missed > most and not self._told:
+        if missed >= self.worth and missed > most and not self._told:
             self._told = True
             log.info(
                 "the cache of this model cannot be cut back: a prompt that begins like another one is read in whole"
             )
-        return (place, most) if most >= SHARED else (0, 0)
+        return (place, most) if most >= self.worth else (0, 0)
 
     def begin(self, place: int, row: Row, source: int, held: int) -> None:
         """Give `place` to `row`, whose first `held` tokens lie in the place `source`."""
