@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from record import Record, arguments
+from sky_core.bench.record import Record, arguments, run_script
 
 RUN = """\
 model: {n_layer: 2, n_head: 2, d_model: 32}
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import Record, add_corpus, arguments
 
+from sky_core.bench.record import Record, add_corpus, arguments, run_script
 from sky_core.errors import SkyError
 from sky_core.run_directory import RunDirectory, list_runs
 from sky_core.training.checkpoint import load_tensors, verify_checkpoint
@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import Record, add_corpus, arguments
-
 import sky_core
+from sky_core.bench.record import Record, add_corpus, arguments, run_script
 
 WIDTHS = (64, 128, 256)
 OCTAVES = tuple(range(-10, -3))
@@ -136,4 +135,4 @@ def _at_base_rate(sweeps: list[dict[str, Any]], mup: bool) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from record import Record, arguments
 
+from sky_core.bench.record import Record, arguments, run_script
 from sky_core.components.attention import Naive, Sdpa
 from sky_core.components.layers import GELU, LayerNorm
 from sky_core.components.model import Decoder
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import ROOT, Record, add_corpus, arguments
 
 import sky_core
+from sky_core.bench.record import Record, add_corpus, arguments, run_script
 from sky_core.config import read_run
 from sky_core.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NANOGPT = {
     "name": "nanoGPT",
@@ -161,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

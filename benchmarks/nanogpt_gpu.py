@@ -7,7 +7,8 @@ lowest loss of the whole split that an evaluation found. Runs without a GPU as w
 from __future__ import annotations
 
 from nanogpt_cpu import measure_the_rest, run_seeds
-from record import add_corpus, arguments
+
+from sky_core.bench.record import add_corpus, arguments, run_script
 
 NANOGPT = {"name": "nanoGPT", "how": "its README, one A100, best of 200 random batches", "best": 1.4697, "curve": []}
 
@@ -34,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from record import RESULTS
+from table import RESULTS
 
 
 def draw(path: Path, form: str) -> Path | None:

@@ -9,12 +9,15 @@ other.
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from nanogpt_cpu import nanogpt_losses, train
-from record import ROOT, Record, add_corpus, arguments
 
 import sky_core
+from sky_core.bench.record import Record, add_corpus, arguments, run_script
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RECIPES = ("nanogpt_cpu", "shakespeare")
 WINDOW = 64
@@ -63,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

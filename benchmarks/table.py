@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, ROOT, shown, target
-
+from sky_core.bench.report import HEAD, origin, row
 from sky_core.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 PAGES = {"benchmarks/README.md": True, "README.md": False}
 """Page -> whether it shows every measure."""
@@ -35,37 +37,15 @@ def table(records: list[dict[str, Any]], folder: str, *, every: bool) -> str:
     """The records as a Markdown table with a line on the origin of each; `folder` is where the page finds them."""
     if not records:
         return ""
-    rows = ["| | measured | range | target | | for comparison |", "|---|--:|---|---|---|---|"]
+    rows = [*HEAD]
     for record in records:
         measures = [m for m in record["measures"] if every or "met" in m or "peer" in m]
         if measures:
             rows.append(f"| **{record['what']}** ([{record['name']}]({folder}/{record['name']}.json)) | | | | | |")
-        rows += map(_row, measures)
-    return "\n".join([*rows, "", "Where the numbers come from:", "", *map(_origin, records), ""])
-
-
-def _row(measure: dict[str, Any]) -> str:
-    met = {True: "met", False: "**not met**", None: ""}[measure.get("met")]
-    several = measure["n"] > 1
-    spread = f"{shown(measure['low'])} to {shown(measure['high'])} (n = {measure['n']})" if several else ""
-    peer = f"{measure['peer']['name']}: {shown(measure['peer']['value'])}" if "peer" in measure else ""
-    cells = [
-        measure["what"],
-        f"{shown(measure['value'])} {measure['unit']}".strip(),
-        spread,
-        target(measure),
-        met,
-        peer,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _origin(record: dict[str, Any]) -> str:
-    here, versions = record["machine"], record["versions"]
-    parts = [f"{here['cpu']}, {here['cores']} cores", *filter(None, [here.get("gpu")])]
-    parts += [f"Python {versions['python']}", f"torch {versions['torch']}", f"commit {str(record['commit'])[:9]}"]
-    dirty = " **with uncommitted changes**" if record["dirty"] else ""
-    return f"- {record['name']}: {', '.join(parts)}{dirty}, {record['date'][:10]}; `{record['command']}`"
+        rows += map(row, measures)
+    return "\n".join(
+        [*rows, "", "Where the numbers come from:", "", *(f"- {origin(record)}" for record in records), ""]
+    )
 
 
 def stale(root: Path = ROOT) -> Iterator[tuple[Path, str]]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from sky_core.errors import SkyError, UserError
 from workspace import ROOT
 
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = [
     "nano_parity",
-    "loading",
     "nanogpt_cpu",
     "nanogpt_gpu",
     "kill_resume",
@@ -55,13 +55,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """`record` and `table` as the scripts see them."""
+    """The scripts, importable as they import each other."""
     monkeypatch.syspath_prepend(FOLDER)
-    import record
     import table
 
     yield ModuleType("benchmarks")
-    assert Path(record.__file__).parent == Path(table.__file__).parent == FOLDER
+    assert Path(table.__file__).parent == FOLDER
 
 
 def test_the_ablation_ends_in_the_recipe(benchmarks: ModuleType) -> None:
@@ -141,7 +140,7 @@ def test_a_smoke_run_is_never_recorded_among_the_results() -> None:
 
 def test_every_script_is_described_and_tested() -> None:
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"record", "table", "plot"}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"table", "plot"}
     assert scripts == set(SCRIPTS)
     assert [name for name in scripts if f"[`{name}.py`]({name}.py)" not in page] == []
 
@@ -233,9 +232,9 @@ def options(**more: Any) -> Any:
 
 
 @pytest.fixture
-def source(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def source(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `record` takes for the state of the repository; change it at will."""
-    import record
+    from sky_core.bench import record
 
     state = {"commit": "c0ffee", "dirty": False, "changed_files": []}
     monkeypatch.setattr(record, "source_state", lambda: dict(state))
@@ -243,7 +242,7 @@ def source(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
 
 def test_a_measure_is_a_median_held_to_its_target(source: dict[str, Any], tmp_path: Path) -> None:
-    from record import Record
+    from sky_core.bench.record import Record
 
     record = Record(options(out=tmp_path / "x.json"), what="x", seeds=[1, 2, 3])
     record.measure("loss", [1.95, 1.85, 1.88], "nats", at_most=1.9, peer=("them", 1.9))
@@ -257,10 +256,10 @@ def test_a_measure_is_a_median_held_to_its_target(source: dict[str, Any], tmp_pa
 
 
 def test_a_dirty_tree_is_refused_before_anything_is_measured(source: dict[str, Any], tmp_path: Path) -> None:
-    from record import Record
+    from sky_core.bench.record import Record
 
     source |= {"dirty": True, "changed_files": ["a.py"]}
-    with pytest.raises(SystemExit, match=r"a\.py.*--allow-dirty"):
+    with pytest.raises(UserError, match=r"a\.py.*--allow-dirty"):
         Record(options(out=tmp_path / "x.json"), what="x")
     record = Record(options(out=tmp_path / "x.json", allow_dirty=True), what="x")
     record.save(runs=[])
@@ -271,21 +270,21 @@ def test_a_dirty_tree_is_refused_before_anything_is_measured(source: dict[str, A
 def test_a_tree_that_changes_while_it_is_measured_gives_no_result(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import record
+    from sky_core.bench import record
 
     (tmp_path / "aside").mkdir()
     monkeypatch.setattr(record.tempfile, "gettempdir", lambda: str(tmp_path / "aside"))
     measuring = record.Record(options(out=tmp_path / "x.json"), what="x")
     source |= {"commit": "decaf"}
-    with pytest.raises(SystemExit, match="changed while it was measured"):
+    with pytest.raises(SkyError, match="changed while it was measured"):
         measuring.save(runs=[])
     assert not (tmp_path / "x.json").exists()
     aside = json.loads((tmp_path / "aside" / "x.json").read_text())
     assert (aside["commit"], aside["commit_at_end"], aside["dirty"]) == ("c0ffee", "decaf", True)
 
 
-def test_the_state_of_the_source_leaves_results_out(benchmarks: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
-    import record
+def test_the_state_of_the_source_leaves_results_out(tmp_path: Path) -> None:
+    from sky_core.bench.record import source_state
 
     def git(*words: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -295,12 +294,11 @@ def test_the_state_of_the_source_leaves_results_out(benchmarks: ModuleType, tmp_
     (tmp_path / "a.py").write_text("1\n")
     git("add", ".")
     git("commit", "-m", "a")
-    monkeypatch.setattr(record, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "x.json").write_text("{}")
-    assert record.source_state()["dirty"] is False
+    assert source_state(tmp_path)["dirty"] is False
     (tmp_path / "new.py").write_text("2\n")
-    assert record.source_state()["changed_files"] == ["new.py"]
+    assert source_state(tmp_path)["changed_files"] == ["new.py"]
 
 
 # ----------------------------------------------------------------------------------------------- the table

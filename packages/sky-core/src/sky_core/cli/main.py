@@ -33,6 +33,7 @@ COMMANDS = {
     "doctor": ("sky_core.cli.doctor:doctor", "Say what this machine and installation can do."),
     "data": ("sky_core.cli.data:data", "Prepare and inspect training data."),
     "tokenizer": ("sky_core.cli.tokenizer:tokenizer", "Train and inspect tokenizers."),
+    "bench": ("sky_core.cli.bench:bench", "Measure speed, memory and recipes beside the peers."),
     "quickstart": ("sky_core.cli.quickstart:quickstart", "Train a first model on text that Python brings along."),
 }
 
