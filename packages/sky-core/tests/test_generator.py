@@ -402,9 +402,7 @@ def test_equal_samplers_draw_together(model: LanguageModel, monkeypatch: pytest.
 
     generator = Generator(model, BYTES, rows=8)
     samplers = [Greedy(), Sample(top_k=5), Sample(top_k=5), Sample(top_k=5), Sample(top_k=6), Greedy()]
-    requests = [
-        generator.submit([i], max_new_tokens=4, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)
-    ]
+    requests = [generator.submit([i], max_new_tokens=4, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)]
     monkeypatch.setattr(TokenSampler, "__call__", spy)
     found = generator.run()
     monkeypatch.undo()
@@ -465,7 +463,10 @@ def test_what_is_taken_back_makes_room_at_once(model: LanguageModel) -> None:
     assert tokens(results[third]) == [alone(model, RAGGED[2], 9, Greedy())]
     assert tokens(results[last]) == [alone(model, RAGGED[4], 3, Greedy())]
     assert [row.generation.finish for row in found[second]] == ["cancelled"]
-    assert found[second][0].generation.tokens == alone(model, RAGGED[1], 4, Greedy())[: len(found[second][0].generation.tokens)]
+    assert (
+        found[second][0].generation.tokens
+        == alone(model, RAGGED[1], 4, Greedy())[: len(found[second][0].generation.tokens)]
+    )
 
 
 def test_a_row_that_fails_fails_alone() -> None:

@@ -184,3 +184,49 @@ def test_the_stated_probabilities_are_those_after_every_processor() -> None:
 def test_an_option_out_of_range_is_refused(option: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(option))):
         Sample(**option)
+
+
+# vocabularies of more than one block, and of more tokens than are looked at first
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 700), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]))
+def test_a_number_leads_to_the_token_whose_share_of_the_whole_it_falls_into(
+    size: int, seed: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight_BV = torch.randn(20, size, generator=generator).mul(6).exp().to(dtype)
+    weight_BV[torch.rand(20, size, generator=generator) < 0.5] = 0
+    weight_BV[:, seed % size] = 1e-3
+    u_B1 = torch.rand(20, 1, generator=generator, dtype=torch.float64)
+    u_B1[0], u_B1[1] = 0, 1 - 2**-53
+    token_B = sampling.invert(weight_BV, u_B1)
+    assert (weight_BV.gather(-1, token_B[:, None]) > 0).all()
+    share_BV = weight_BV.double() / weight_BV.sum(-1, keepdim=True, dtype=torch.float64)
+    end_B1 = share_BV.cumsum(-1).gather(-1, token_B[:, None])
+    # a sum of 128 weights in fp32 is off by some 1e-7 of itself
+    assert (end_B1 > u_B1 - 1e-6).all()
+    assert (end_B1 - share_BV.gather(-1, token_B[:, None]) < u_B1 + 1e-6).all()
+
+
+def test_rare_tokens_keep_their_chance() -> None:
+    """A fp32 sum of 1 and 1e-9 is 1; the token of 1e-9 is drawn all the same, as often as it should be."""
+    weight_BV = torch.full((1, 1000), 1e-9)
+    weight_BV[0, 500] = 1.0
+    below = 400e-9 / (1 + 999e-9)
+    assert sampling.invert(weight_BV, torch.tensor([[below * 1.0001]], dtype=torch.float64)).item() == 400
+    assert sampling.invert(weight_BV, torch.tensor([[below * 0.9999]], dtype=torch.float64)).item() == 399
+    assert sampling.invert(weight_BV, torch.tensor([[1 - 1e-9 / 2]], dtype=torch.float64)).item() == 999
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.3005, 0.9005, 0.9995])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_the_sorted_one(p: float) -> None:
+    """Rows with a narrow nucleus, a wide one, one among equals (the smallest ids are kept), and truncated before."""
+    noise_BV = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    logits_BV = torch.stack((5 * noise_BV[0], noise_BV[1] / 2, noise_BV[2].round(), torch.zeros(1000)))
+    logits_BV = torch.cat((logits_BV, sampling.top_k(noise_BV[3:], 40)))
+    sorted_BV, order_BV = logits_BV.double().sort(descending=True, stable=True)
+    probability_BV = sorted_BV.softmax(-1)
+    for row, nucleus in enumerate(sampling.top_p(logits_BV, p).isfinite()):
+        count = int((probability_BV[row].cumsum(0) - probability_BV[row] < p).sum())
+        assert nucleus.nonzero().flatten().tolist() == sorted(order_BV[row, :count].tolist())

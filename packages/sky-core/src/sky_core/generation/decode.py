@@ -22,8 +22,8 @@ from sky_core.components.generation import Sample
 from sky_core.errors import SkyError, UserError
 from sky_core.eval.mode import evaluating
 from sky_core.generation.batch import DraftedBatch
-from sky_core.generation.generator import Generator, check_prompt, stop_strings
-from sky_core.generation.row import Generation, Piece, Row
+from sky_core.generation.generator import Generator
+from sky_core.generation.row import Generation, Piece, Row, check_prompt, stop_strings
 from sky_core.generation.sampling import row_generator
 from sky_core.generation.text_stream import TextStream
 

@@ -35,7 +35,7 @@ from sky_core.errors import UserError
 from sky_core.eval.mode import evaluating
 from sky_core.generation.passes import last, step, take_in
 from sky_core.generation.pool import Pool, common
-from sky_core.generation.row import SLIDING, Generation, Piece, Row
+from sky_core.generation.row import SLIDING, Generation, Piece, Row, check_prompt, stop_strings
 from sky_core.generation.sampling import row_generator
 from sky_core.generation.text_stream import TextStream
 
@@ -157,7 +157,8 @@ class Generator:
             return self._step()
 
     def stream(self) -> Iterator[Piece]:
-        """Every piece until nothing is left to do; requests may be submitted and cancelled meanwhile."""
+        """Every piece until nothing is left to do; requests may be submitted and cancelled meanwhile (of what is
+        cancelled, the pieces that its last step brought still come)."""
         with evaluating(self.model):
             while not self.idle:
                 with torch.inference_mode():
@@ -172,21 +173,52 @@ class Generator:
         return found
 
     def _step(self) -> list[Piece]:
-        pieces = []
-        if self._running:
-            tokens_B = torch.tensor([row.tokens[-1] for row in self._running], device=self._device)
-            with self._pool.places(0, len(self._running)) as cache:
-                logits_BV = step(self.model, tokens_B, cache)
-            pieces += self._take(self._running, logits_BV)
-            self._settle()
-        ready, logits_BV = self._prefill()
-        if ready:
-            pieces += self._take(ready, logits_BV)
-            self._running += ready
-            self._settle()
+        return self._decode() + self._prefill()
+
+    # the passes
+
+    def _decode(self) -> list[Piece]:
+        """One more token of every running row."""
+        if not self._running:
+            return []
+        tokens_B = torch.tensor([row.tokens[-1] for row in self._running], device=self._device)
+        with self._pool.places(0, len(self._running)) as cache:
+            logits_BV = step(self.model, tokens_B, cache)
+        pieces = self._take(self._running, logits_BV)
+        self._settle()
         return pieces
 
-    # choosing tokens
+    def _prefill(self) -> list[Piece]:
+        """One pass over prompts, and the first tokens of the rows whose prompts are in with it."""
+        pool, first, end = self._pool, len(self._running), len(self._pool.rows) - 1
+        group, twins = ([self._filling], []) if self._filling is not None else self._admit()
+        if not group:
+            return []
+        place = first if self._filling is None else end
+        lengths = pool.cache.lengths[place : place + len(group)]
+        blocks = [row.context[length:][: self.chunk] for row, length in zip(group, lengths, strict=True)]
+        with pool.places(place, place + len(group)) as cache:
+            hidden_BTD = take_in(self.model, blocks, cache)
+        if self._filling is not None:
+            if pool.cache.lengths[end] < len(self._filling.context):
+                return []
+            self._filling = None
+            pool.move(end, first)
+            while first + 1 + len(twins) < len(pool.rows) and self._twin(group) is not None:
+                twins.append((0, self._waiting.popleft()))
+        logits_BV = self.model.logits(last(hidden_BTD, [len(block) for block in blocks], 1))[:, 0]
+        if twins:
+            logits_BV = logits_BV[[*range(len(group)), *(i for i, _ in twins)]]
+        for i, row in twins:
+            pool.copy(first + i, first + len(group))
+            pool.rows[first + len(group)] = row
+            group.append(row)
+        self._running += group
+        for row in group:
+            row.choose = next(other.choose for other in self._running if other.sampler == row.sampler)
+        pieces = self._take(group, logits_BV)
+        self._settle()
+        return pieces
 
     def _take(self, rows: list[Row], logits_BV: torch.Tensor) -> list[Piece]:
         logits_BV = logits_BV.float()
@@ -210,37 +242,7 @@ class Generator:
             next_B[own] = choose(logits_BV[own], [tokens[i] for i in own], [generators[i] for i in own])
         return next_B
 
-    # taking prompts in
-
-    def _prefill(self) -> tuple[list[Row], torch.Tensor]:
-        """One pass over prompts: the rows whose prompts are in now, and logits_BV of what follows them."""
-        pool, first, end = self._pool, len(self._running), len(self._pool.rows) - 1
-        group, twins = ([self._filling], []) if self._filling is not None else self._admit()
-        if not group:
-            return [], torch.empty(0)
-        place = first if self._filling is None else end
-        lengths = pool.cache.lengths[place : place + len(group)]
-        blocks = [row.context[length:][: self.chunk] for row, length in zip(group, lengths, strict=True)]
-        with pool.places(place, place + len(group)) as cache:
-            hidden_BTD = take_in(self.model, blocks, cache)
-        if self._filling is not None:
-            if pool.cache.lengths[end] < len(self._filling.context):
-                return [], torch.empty(0)
-            self._filling = None
-            pool.move(end, first)
-            while first + 1 + len(twins) < len(pool.rows) and self._twin(group) is not None:
-                twins.append((0, self._waiting.popleft()))
-        logits_BV = self.model.logits(last(hidden_BTD, [len(block) for block in blocks], 1))[:, 0]
-        if twins:
-            logits_BV = logits_BV[[*range(len(group)), *(i for i, _ in twins)]]
-        for i, row in twins:
-            pool.copy(first + i, first + len(group))
-            pool.rows[first + len(group)] = row
-            group.append(row)
-        known = self._running + group
-        for row in group:
-            row.choose = next(other.choose for other in known if other.sampler == row.sampler)
-        return group, logits_BV
+    # places
 
     def _admit(self) -> tuple[list[Row], list[tuple[int, Row]]]:
         """Give places to those who come next: rows whose prompts fit into one pass together, or the first alone.
@@ -277,8 +279,6 @@ class Generator:
         context = self._waiting[0].context if self._waiting else []
         return next((i for i, row in enumerate(group) if row.context == context), None)
 
-    # places
-
     def _settle(self) -> None:
         """Leave the rows that are done; those that filled their place wait, before all others, to be read again."""
         pool, rows = self._pool, self._running
@@ -308,25 +308,3 @@ class Generator:
                 self._open.pop(request, None)
         if self.idle and not self.remember:
             pool.forget(0, len(pool.rows))
-
-
-def check_prompt(name: str, prompt: Sequence[int], model: LanguageModel, limit: int) -> None:
-    """Raise `UserError`, calling the prompt `name`, unless the model can read it and it has at most `limit` tokens."""
-    if not prompt:
-        raise UserError(f"{name} is empty; give at least one token")
-    if len(prompt) > limit:
-        whose = "model's context" if limit == model.max_length else "generator's max_length"
-        raise UserError(f"{name} has {len(prompt)} tokens, more than the {whose} of {limit}; shorten it")
-    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
-        raise UserError(
-            f"{name} holds a token outside the model's vocabulary of {model.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
-
-
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """`stop` as several strings. Raises `UserError` for an empty one."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise UserError("a stop string is empty; leave it out or give at least one character")
-    return stops

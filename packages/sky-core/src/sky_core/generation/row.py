@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sky_core.errors import UserError
 from sky_core.generation.text_stream import TextStream
 
 if TYPE_CHECKING:
+    from sky_core.model.language_model import LanguageModel
     from sky_core.slots import Sampler
 
 SLIDING = "generating past the context of %d tokens: a full row goes on from its last %d tokens"
@@ -126,3 +128,25 @@ class Row:
     def _told(self, piece: Piece) -> Piece:
         self.generation.add(piece)
         return piece
+
+
+def check_prompt(name: str, prompt: Sequence[int], model: LanguageModel, limit: int) -> None:
+    """Raise `UserError`, calling the prompt `name`, unless the model can read it and it has at most `limit` tokens."""
+    if not prompt:
+        raise UserError(f"{name} is empty; give at least one token")
+    if len(prompt) > limit:
+        whose = "model's context" if limit == model.max_length else "generator's max_length"
+        raise UserError(f"{name} has {len(prompt)} tokens, more than the {whose} of {limit}; shorten it")
+    if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+        raise UserError(
+            f"{name} holds a token outside the model's vocabulary of {model.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """`stop` as several strings. Raises `UserError` for an empty one."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise UserError("a stop string is empty; leave it out or give at least one character")
+    return stops
