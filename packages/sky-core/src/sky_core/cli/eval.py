@@ -23,6 +23,7 @@ def _words(_context: click.Context, _parameter: click.Parameter, given: Sequence
 @click.option("--data", multiple=True, help="File for --task (several: repeat); alone: its bits per byte.")
 @click.option("--lm-eval", "lm_eval", multiple=True, callback=_words, help="Tasks of lm-evaluation-harness.")
 @click.option("--include-path", help="Folder with YAML files of further --lm-eval tasks.")
+@click.option("--quantize", metavar="FORMAT", help="With weights in fewer bits (int8, int4); only printed, not noted.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def evaluate(
     run: str,
@@ -30,6 +31,7 @@ def evaluate(
     data: tuple[str, ...],
     lm_eval: list[str],
     include_path: str | None,
+    quantize: str | None,
     as_json: bool,
 ) -> None:
     """Measure RUN (a run directory, a name or unique prefix, @last, @best, or name@step; or hf:DIR).
@@ -45,7 +47,7 @@ def evaluate(
     """
     import json
 
-    results = measure(run, tasks=tasks, data=data, lm_eval=lm_eval, include_path=include_path)
+    results = measure(run, tasks=tasks, data=data, lm_eval=lm_eval, include_path=include_path, quantize=quantize)
     if as_json:
         click.echo(json.dumps(results))
         return
@@ -59,9 +61,10 @@ def measure(
     data: Sequence[str] = (),
     lm_eval: Sequence[str] = (),
     include_path: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """The chosen evaluations of a run (see `choose`), on the device and in the precision of its training; noted in its
-    events and its table.
+    events and its table, unless they are those of its weights in another format (`quantize`).
 
     Raises `DataError` when the data was made with another tokenizer than the model's.
     """
@@ -75,6 +78,7 @@ def measure(
     from sky_core.components.evaluation import LossEval
     from sky_core.errors import DataError, UserError
     from sky_core.eval.table import write_table
+    from sky_core.quantization import quantize_
     from sky_core.run_directory import find_run
     from sky_core.training.precision import resolve_precision
 
@@ -83,6 +87,8 @@ def measure(
     config = None if directory is None else directory.config
     with quiet():
         model, tokenizer = load(run)
+    if quantize is not None:
+        quantize_(model, quantize)
     chosen = choose(None if config is None else config.eval.tasks, tasks, data, lm_eval, include_path)
     dataset = None
     if any(task.needs_data for task in chosen):
@@ -122,9 +128,9 @@ def measure(
             if twice := results.keys() & found.keys():
                 raise UserError(f"two evaluations report {min(twice)!r}; give one of them another `name`")
             results |= found
-    results["precision"] = precision
+    results["precision"] = precision if quantize is None else f"{precision}, {quantize} weights"
 
-    if directory is not None:
+    if directory is not None and quantize is None:
         folder = (directory.path / "checkpoints" / checkpoint).resolve()
         step = int(folder.name.removeprefix("step_"))
         directory.append_event({"event": "eval", "step": step, "checkpoint": folder.name, **results})

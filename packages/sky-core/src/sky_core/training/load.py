@@ -9,6 +9,7 @@ import torch
 
 from sky_core.config import parse_run
 from sky_core.plugins import loaded_plugins
+from sky_core.quantization import quantize_
 from sky_core.run_directory import find_run
 from sky_core.tokenizer.files import load_tokenizer
 from sky_core.training import checkpoint
@@ -19,14 +20,21 @@ if TYPE_CHECKING:
     from sky_core.tokenizer.base import Tokenizer
 
 
-def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
+def load(source: str | Path, *, quantize: str | None = None) -> tuple[LanguageModel, Tokenizer]:
     """The model (in evaluation mode, on the CPU) and tokenizer of a run or of anything a plugin can load.
 
     `source` is a run (directory, name, unique prefix, `@last`, `@best`, each with `@step` behind it), a checkpoint
-    folder, or `scheme:rest` for plugins (`hf:DIR`). Raises `UserError` when there is no such thing and
+    folder, or `scheme:rest` for plugins (`hf:DIR`). With `quantize` the weights of its linear layers are kept in 8 or 4
+    bits ("int8", "int4": `sky_core.quantization`). Raises `UserError` when there is no such thing and
     `CheckpointError` when it is damaged.
     """
-    text = str(source)
+    model, tokenizer = _load(str(source))
+    if quantize is not None:
+        quantize_(model, quantize)
+    return model, tokenizer
+
+
+def _load(text: str) -> tuple[LanguageModel, Tokenizer]:
     answer: tuple[LanguageModel, Tokenizer] | None = loaded_plugins().hook.sky_load_model(source=text)
     if answer is not None:
         return answer
