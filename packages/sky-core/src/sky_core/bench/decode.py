@@ -28,8 +28,9 @@ from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.bench.shape import Shape, find_shape
 from sky_core.bench.timing import interleave
-from sky_core.errors import CheckFailed
+from sky_core.errors import CheckFailed, UserError
 from sky_core.model.count import kv_bytes_per_token
+from sky_core.quantization import FORMATS
 
 CHECKED = 24
 """Tokens of each text that are compared."""
@@ -63,6 +64,8 @@ def run(
     """Measure and record. Raises `CheckFailed` when the contenders do not write the same."""
     if settings.smoke:
         prompt, new, rounds, batches = 4, 6, 1, list(batches)[:2]
+    if unknown := [one for one in formats if one not in FORMATS]:
+        raise UserError(f"--quantize {unknown[0]}: no such format; use {', '.join(FORMATS)}")
     peers = with_static(peers_of(against))
     found = find_shape(shape, smoke=settings.smoke).at_length(prompt + new)
     own = {f"ours, {one}": one for one in dict.fromkeys([precision, *formats])}

@@ -12,6 +12,7 @@ distinguishable by these seeds.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -154,7 +155,9 @@ def _seconds_per_step(path: Path, fixed: Sequence[str]) -> float:
     click.echo(f"speed of {path.stem}: {CALIBRATION_STEPS} steps", err=True)
     brief = [f"train.steps={CALIBRATION_STEPS}", "log.every=1", "eval.every=null", "checkpoint.every=null",
              "sample.every=null"]  # fmt: skip
-    times = [line["time"] for line in _finished(path, [*fixed, *brief]).metrics() if "loss" in line]
+    directory = _finished(path, [*fixed, *brief])
+    times = [line["time"] for line in directory.metrics() if "loss" in line]
+    shutil.rmtree(directory.path)  # its checkpoints: one comparison makes many runs
     gaps = [after - before for before, after in pairwise(times)]
     return statistics.median(gaps[len(gaps) // 3 :])
 
@@ -167,7 +170,9 @@ def _train(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise SkyError(f"{path}: the run ended without a finite validation loss; there is nothing to compare")
     times = [line["time"] for line in directory.metrics()]
     numbers = {key: evaluation[key] for key in UNITS if evaluation.get(key) is not None}
-    return {**numbers, "tokens": directory.info.get("tokens"), "seconds": times[-1] - times[0]}
+    tokens = directory.info.get("tokens")
+    shutil.rmtree(directory.path)
+    return {**numbers, "tokens": tokens, "seconds": times[-1] - times[0]}
 
 
 def _finished(path: Path, overrides: Sequence[str]) -> RunDirectory:

@@ -90,7 +90,7 @@ def finish(record: Record, settings: Settings, draw: Callable[[Path], None] | No
     """
     data = record.write(**details)
     text = markdown(data)
-    click.echo(text)
+    click.echo(text, nl=False)
     if record.path is not None:
         write_atomic(record.path.with_suffix(".md"), text)
         if draw is not None and importlib.util.find_spec("matplotlib") is None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,10 @@ def pairs_needed(differences: Sequence[float], confidence: float = 0.95) -> int 
     if len(differences) < 2:
         return None
     mean, deviation = abs(statistics.fmean(differences)), statistics.stdev(differences)
-    return next(
-        (n for n in range(2, MOST_PAIRS + 1) if t_quantile(confidence, n - 1) * deviation / math.sqrt(n) < mean), None
-    )
+
+    def tells(n: int) -> bool:
+        return t_quantile(confidence, n - 1) * deviation / math.sqrt(n) < mean
+
+    if not tells(MOST_PAIRS):
+        return None
+    return bisect_left(range(MOST_PAIRS), True, lo=2, key=tells)

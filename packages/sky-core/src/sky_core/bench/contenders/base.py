@@ -93,11 +93,12 @@ class Contender(ABC):
 
     def decoded_bytes(self) -> int:
         """Bytes of weights that one pass of decoding reads: all but an embedding that is not the head as well."""
-        tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        shared = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Linear)}
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        tied = self._head_is_embedding() or bool(tables & shared)
-        return sum(tensor.nbytes for tensor in tensors if tied or id(tensor) not in tables)
+        modules = list(self.model.modules())
+        tables = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Embedding)}
+        heads = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Linear)}
+        tied = self._head_is_embedding() or bool(tables & heads)
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self.model.state_dict().values()}
+        return sum(size for place, size in tensors.items() if tied or place not in tables)
 
     def _head_is_embedding(self) -> bool:
         """Whether the embedding's table gives the logits without a layer of its own."""

@@ -18,6 +18,7 @@ from sky_core.components.optimization import AdamW
 from sky_core.data.dataset import Batch
 from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
+from sky_core.quantization import FORMATS, QuantizedLinear, quantize_
 from sky_core.training.engine import LocalEngine, Step
 from sky_core.training.objective import NextToken
 
@@ -55,7 +56,9 @@ class Ours(Contender):
 
     def prepare_decoding(self, precision: str, *, compile: bool, batch: int, length: int) -> None:
         self.precision = "fp32"  # the weights themselves are cast
-        cast(self.model, precision)
+        if precision in FORMATS and not any(isinstance(one, QuantizedLinear) for one in self.model.modules()):
+            quantize_(self.model, precision)
+        cast(self.model, "bf16" if precision in FORMATS else precision)
         self.tokenizer = id_tokenizer(self.model.vocab_size)
 
     def generate(self, prompts: Prompts, n: int) -> list[list[int]]:

@@ -75,7 +75,7 @@ class Transformers(Contender):
         mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
         with torch.inference_mode():
             out_BT = self.model.generate(
-                ids_BT, attention_mask=mask_BT, max_new_tokens=n, min_new_tokens=n, do_sample=False, **self.options
+                ids_BT, attention_mask=mask_BT, max_new_tokens=n, do_sample=False, **self.options
             )
         return [row[longest:] for row in out_BT.tolist()]
 
