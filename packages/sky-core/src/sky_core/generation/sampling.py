@@ -74,13 +74,16 @@ def top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
 
 def _nucleus(logits_BV: torch.Tensor, p: float, few: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The nucleus among the `few` largest logits as kept_BV, the least logit in it, and the least of the few."""
-    few = min(few, logits_BV.shape[-1])
-    id_BK = logits_BV.topk(few).indices.sort().values
-    top_BK, order_BK = logits_BV.gather(-1, id_BK).sort(descending=True, stable=True)
-    id_BK = id_BK.gather(-1, order_BK)
+    if few < logits_BV.shape[-1]:
+        id_BK = logits_BV.topk(few).indices.sort().values
+        top_BK, order_BK = logits_BV.gather(-1, id_BK).sort(descending=True, stable=True)
+        id_BK = id_BK.gather(-1, order_BK)
+        other_BV = (logits_BV - top_BK[:, :1]).exp().scatter(-1, id_BK, 0.0)
+    else:
+        top_BK, id_BK = logits_BV.sort(descending=True, stable=True)
+        other_BV = torch.zeros_like(top_BK[:, :1])
     weight_BK = (top_BK - top_BK[:, :1]).double().exp()
-    rest_B1 = (logits_BV - top_BK[:, :1]).exp().scatter(-1, id_BK, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
-    enough_B1 = p * (weight_BK.sum(-1, keepdim=True) + rest_B1)
+    enough_B1 = p * (weight_BK.sum(-1, keepdim=True) + other_BV.sum(-1, keepdim=True, dtype=torch.float64))
     inside_BK = weight_BK.cumsum(-1) - weight_BK < enough_B1
     cut_B = top_BK.gather(-1, inside_BK.sum(-1, keepdim=True).clamp(min=1) - 1).squeeze(-1)
     kept_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, id_BK, inside_BK)
