@@ -102,10 +102,12 @@ def test_the_weight_is_what_the_codes_say(kind: str) -> None:
         assert_close(layer.double().weight, (codes_NK.double() - 8) * s_NK + z_NK, 1e-15)
 
 
-@given(st.integers(1, 3), st.sampled_from([32, 64]), st.integers(1, 9), st.integers(0, 2**32))
+@given(st.integers(1, 3), st.sampled_from([32, 64]), st.integers(1, 5), st.integers(0, 2**32))
 def test_panels_hold_every_code_in_its_place(panels: int, panel: int, k: int, seed: int) -> None:
-    codes_NK = torch.randint(16, (panels * panel, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    assert unpack_panels(pack_panels(codes_NK, panel)).equal(codes_NK.T)
+    codes_NK = torch.randint(
+        16, (panels * panel, 2 * k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    assert unpack_panels(pack_panels(codes_NK, panel), panel).equal(codes_NK.T)
 
 
 # --------------------------------------------------------------------------------------- one product, several ways

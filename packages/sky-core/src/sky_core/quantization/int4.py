@@ -47,13 +47,14 @@ def quantize_groups(w_NK: torch.Tensor, group: int) -> tuple[torch.Tensor, torch
 
 
 def pack_panels(codes_NK: torch.Tensor, panel: int) -> torch.Tensor:
-    """Codes in panels as above: uint8 (N / P, K, P / 2); N a multiple of P."""
+    """Codes in panels as above: uint8 (N, K / 2), N a multiple of P and K even; a panel is P rows of memory."""
     low, high = codes_NK.view(-1, 2, panel // 2, codes_NK.shape[1]).transpose(2, 3).unbind(1)
-    return (low | high << 4).contiguous()
+    return (low | high << 4).contiguous().view(len(codes_NK), -1)
 
 
-def unpack_panels(packed: torch.Tensor) -> torch.Tensor:
+def unpack_panels(packed: torch.Tensor, panel: int) -> torch.Tensor:
     """The inverse of `pack_panels`, as uint8 (K, N): for every input feature its output features in order."""
+    packed = packed.view(len(packed) // panel, -1, panel // 2)
     halves = torch.stack((packed & TOP, packed >> 4), dim=2)
     return halves.transpose(0, 1).flatten(1)
 
@@ -69,7 +70,7 @@ def kernel_panel() -> int | None:
 
 
 class Int4Linear(QuantizedLinear):
-    """`codes` uint8 (N / P, K, P / 2), N filled up to whole panels; `scales` (K / G, N, 2): scale and zero."""
+    """`codes` uint8 (N, K / 2), N filled up to whole panels; `scales` (K / G, N, 2): scale and zero."""
 
     # As fast at 64 rows as dequantising blocks and their product; 1.5 times slower at 256.
     few_rows = 64
@@ -93,15 +94,16 @@ class Int4Linear(QuantizedLinear):
         return None
 
     def packed(self, x_MK: torch.Tensor) -> torch.Tensor:
-        codes, scales_gN2 = self.codes.view(-1, self.in_features // 2), self.scales.to(torch.bfloat16)
-        y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.contiguous(), codes, self.group, scales_gN2)
-        return y_MN[:, : self.out_features].contiguous()
+        scales_gN2 = self.scales.to(torch.bfloat16)
+        y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.contiguous(), self.codes, self.group, scales_gN2)
+        return y_MN if y_MN.shape[1] == self.out_features else y_MN[:, : self.out_features].contiguous()
 
     def block(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
-        panels = slice(start // self.panel, -(-stop // self.panel))
-        codes_KN = unpack_panels(self.codes[panels]).to(dtype)
-        scales_gN2 = self.scales[:, start : start + codes_KN.shape[1]].to(dtype)
-        scales_g1N, zeros_g1N = (part_gN.contiguous()[:, None] for part_gN in scales_gN2.unbind(2))
+        end = -(-stop // self.panel) * self.panel
+        codes_KN = unpack_panels(self.codes[start:end], self.panel).to(dtype)
+        scales_g1N, zeros_g1N = (
+            part_gN.contiguous()[:, None] for part_gN in self.scales[:, start:end].to(dtype).unbind(2)
+        )
         w_gGN = codes_KN.unflatten(0, (-1, self.group)).sub_(MIDDLE).mul_(scales_g1N).add_(zeros_g1N)
         return w_gGN.flatten(0, 1)[:, : stop - start].T, None
 
@@ -110,8 +112,8 @@ class Int4Linear(QuantizedLinear):
 
 
 def _to_rows(layer: Any, state: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
-    codes_NK = unpack_panels(state[prefix + "codes"]).T[: layer.out_features]
-    state[prefix + "codes"] = codes_NK[:, ::2] | codes_NK[:, 1::2] << 4
+    codes_NK = unpack_panels(state[prefix + "codes"], layer.panel).T[: layer.out_features]
+    state[prefix + "codes"] = (codes_NK[:, ::2] | codes_NK[:, 1::2] << 4).contiguous()
     state[prefix + "scales"] = state[prefix + "scales"][:, : layer.out_features].clone()
 
 
