@@ -165,7 +165,7 @@ def test_an_axis_changes_one_size_and_keeps_the_width_of_heads() -> None:
     wide = points(base, 16, 2, "width", (1.0, 2.0))
     assert [point.x for point in wide] == [32, 64]
     assert {point.shape.model.width_of_head for point in wide} == {base.model.width_of_head}
-    assert [point.shape.model.feedforward[0].d_ff for point in wide] == [48, 96]
+    assert [point.shape.model.feedforward[0].d_ff for point in wide] == [64, 128]
     deep = points(base, 16, 2, "depth", (0.5, 1.0, 1.01))
     assert [(point.x, point.shape.model.n_layer) for point in deep] == [(1, 1), (2, 2)]
     (long,) = points(base, 64, 2, "length", (4.0,))

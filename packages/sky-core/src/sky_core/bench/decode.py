@@ -25,7 +25,7 @@ from sky_core.bench.ceilings import Ceilings, default_device, synchronizer
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender, Prompts
 from sky_core.bench.record import Record, spread
-from sky_core.bench.report import Settings, bars, finish
+from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import Shape, find_shape
 from sky_core.bench.timing import interleave
 from sky_core.errors import CheckFailed, UserError
@@ -100,9 +100,7 @@ def run(
             rounds,
             warmup=2 if compile and index == 0 else 1,
             synchronize=synchronizer(device),
-            progress=lambda name, turn, batch=batch: click.echo(
-                f"batch {batch} round {turn}/{rounds} {name}", err=True
-            ),
+            progress=turns(rounds, f"batch {batch} "),
         )
         ceilings.update()
         speeds = {name: timed.rates(name, batch * new) for name in ways}

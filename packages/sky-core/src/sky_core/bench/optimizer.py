@@ -18,13 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import click
 import torch
 from torch import nn
 
 from sky_core.bench.ceilings import default_device, synchronizer
 from sky_core.bench.record import Record, spread
-from sky_core.bench.report import Settings, bars, finish
+from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import find_shape
 from sky_core.bench.timing import interleave
 from sky_core.bench.train import random_batch
@@ -68,7 +67,7 @@ def run(settings: Settings, *, shape: str | None, batch_tokens: int, length: int
         work,
         rounds,
         synchronize=synchronizer(device),
-        progress=lambda name, turn: click.echo(f"round {turn}/{rounds} {name}", err=True),
+        progress=turns(rounds),
     )
     micro = batch_tokens / (batch * length)
     milliseconds = {name: [1e3 * seconds for seconds in timed.seconds[name]] for name in CHOICES}

@@ -25,6 +25,7 @@ import click
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.bench.student import Interval, paired, pairs_needed
+from sky_core.components.training import Fit
 from sky_core.config import Run, read_run
 from sky_core.errors import SkyError, UserError
 from sky_core.run_directory import RunDirectory
@@ -51,9 +52,7 @@ def run(
         raise UserError("say how long: --tokens N, --minutes M, or both")
     names = _names(recipes)
     runs = {name: read_run(path, overrides) for name, path in zip(names, recipes, strict=True)}
-    for name, one in runs.items():
-        if one.train.kind != "fit":
-            raise UserError(f"{name}: train.kind is {one.train.kind!r}; recipes of `fit` are compared")
+    batch_tokens = {name: _batch_tokens(name, one) for name, one in runs.items()}
     chosen = [first_seed + i for i in range(1 if settings.smoke else seeds)]
     record = Record(settings.options(f"recipe-{'-'.join(names)}"), what=f"recipes {' and '.join(names)}", seeds=chosen)
 
@@ -64,9 +63,7 @@ def run(
         fixed = [*overrides, f"out={folder}"]
         budgets: dict[str, dict[str, int]] = {}
         if tokens is not None:
-            budgets[f"{tokens:,} tokens"] = {
-                name: max(1, tokens // one.train.batch_tokens) for name, one in runs.items()
-            }
+            budgets[f"{tokens:,} tokens"] = {name: max(1, tokens // size) for name, size in batch_tokens.items()}
         if minutes is not None:
             speeds = {name: _seconds_per_step(path, fixed) for name, path in zip(names, recipes, strict=True)}
             budgets[f"{minutes:g} minutes"] = {
@@ -142,6 +139,13 @@ def _names(recipes: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError("a recipe is there twice; compare different files")
     return names
+
+
+def _batch_tokens(name: str, run: Run) -> int:
+    """Tokens of a step. Raises `UserError` for a trainer that has no such option."""
+    if not isinstance(run.train, Fit):
+        raise UserError(f"{name}: train.kind is {run.train.kind!r}; recipes of `fit` are compared")
+    return run.train.batch_tokens
 
 
 def _ending(run: Run, steps: int) -> list[str]:

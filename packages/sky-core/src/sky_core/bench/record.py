@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import click
 
@@ -42,18 +42,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 VERSIONS = ("torch", "numpy", "sky-core")
 
 
-class Asked(Protocol):
-    """What a record needs to know of its options; an `argparse.Namespace` of `arguments` has it."""
-
-    name: str
-    out: Path | None
-    smoke: bool
-    allow_dirty: bool
-
-
 @dataclass(frozen=True)
 class Options:
-    """`out` is the result file, or the folder that `name`.json goes to."""
+    """What a record needs to know; `out` is the result file, or the folder that `name`.json goes to."""
 
     name: str
     out: Path | None = None
@@ -157,7 +148,8 @@ def _command() -> str:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, lowest, highest and number of values; from four values on the quartiles as well."""
-    found = {"value": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
+    found: dict[str, Any] = {"value": statistics.median(values), "low": min(values), "high": max(values)}
+    found["n"] = len(values)
     if len(values) >= 4:
         first, _, third = statistics.quantiles(values, n=4, method="inclusive")
         found |= {"quartiles": [first, third]}
@@ -195,9 +187,11 @@ class Record:
     results, the record is printed and not written.
     """
 
-    def __init__(self, options: Asked, *, what: str, seeds: Sequence[int] = (), peers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, options: Options | argparse.Namespace, *, what: str, seeds: Sequence[int] = (), peers: Sequence[str] = ()
+    ) -> None:
         folder = results()
-        self.path = options.out
+        self.path: Path | None = options.out
         if self.path is None and folder is not None and not options.smoke:
             self.path = folder
         if self.path is not None and self.path.suffix != ".json":

@@ -117,6 +117,15 @@ def check(new: dict[str, Any], base: dict[str, Any], name: str) -> None:
     click.echo(f"none of {common} ratios fell since {name} by more than its spread")
 
 
+def turns(rounds: int, label: str = "") -> Callable[[str, int], None]:
+    """Tells on stderr whose turn it is (`timing.interleave`)."""
+
+    def tell(name: str, turn: int) -> None:
+        click.echo(f"{label}round {turn}/{rounds} {name}" if turn else f"{label}warm-up {name}", err=True)
+
+    return tell
+
+
 def bars(title: str, unit: str, measures: Mapping[str, Mapping[str, Any]]) -> Callable[[Path], None]:
     """A plot of measures side by side, medians with their lowest and highest."""
 

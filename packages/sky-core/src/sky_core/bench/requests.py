@@ -24,7 +24,7 @@ from sky_core.bench.contenders.base import Contender
 from sky_core.bench.contenders.ours import Ours
 from sky_core.bench.decode import first_difference, with_static
 from sky_core.bench.record import Record, spread
-from sky_core.bench.report import Settings, bars, finish
+from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import find_shape
 from sky_core.bench.timing import interleave
 from sky_core.errors import CheckFailed, UserError
@@ -86,7 +86,7 @@ def run(
         {name: _answers(one, asked, rows) for name, one in ways.items()},
         rounds,
         synchronize=synchronizer(device),
-        progress=lambda name, turn: click.echo(f"round {turn}/{rounds} {name}", err=True),
+        progress=turns(rounds),
     )
     useful = sum(n for _, n in asked)
     speeds = {name: timed.rates(name, useful) for name in names}

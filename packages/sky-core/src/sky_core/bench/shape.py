@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SMOKE: dict[str, Any] = {
     "model": {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "max_length": 64, "qk_norm": "head",
-              "feedforward": {"kind": "swiglu", "d_ff": 48}, "vocab_size": 97},
+              "feedforward": {"kind": "swiglu", "d_ff": 64}, "vocab_size": 97},
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from sky_core.bench.ceilings import Ceilings, default_device, synchronizer
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender
 from sky_core.bench.record import Record, spread
-from sky_core.bench.report import Settings, bars, finish
+from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import Shape, find_shape
 from sky_core.bench.timing import interleave
 from sky_core.errors import CheckFailed
@@ -85,7 +85,7 @@ def run(
         rounds,
         warmup=0,
         synchronize=synchronizer(device),
-        progress=lambda name, turn: click.echo(f"round {turn}/{rounds} {name}", err=True),
+        progress=turns(rounds),
     )
     ceilings.update()
 

@@ -93,11 +93,11 @@ class LitGPT(Contender):
 
 def config(decoder: Decoder) -> dict[str, Any]:
     """The options of `litgpt.Config`. Raises `UserError` for a model that it has no options for here."""
-    position, norm = decoder.position[0], decoder.norm
+    position, norm, feedforward = decoder.position[0], decoder.norm, decoder.feedforward[0]
     known = (
         len(set(decoder.attention)) == 1
         and type(decoder.attention[0]) is Full
-        and isinstance(decoder.feedforward[0], SwiGLU)
+        and isinstance(feedforward, SwiGLU)
         and len(decoder.position) == 1
         and isinstance(position, Rope)
         and isinstance(norm, RMSNorm)
@@ -109,13 +109,15 @@ def config(decoder: Decoder) -> dict[str, Any]:
     if not known:
         raise UserError("litgpt: only pre-norm decoders with full attention, RoPE, RMSNorm and SwiGLU are mapped here")
     assert isinstance(position, Rope)
+    assert isinstance(norm, RMSNorm)
+    assert isinstance(feedforward, SwiGLU)
     return {
         "name": "bench", "block_size": decoder.max_length, "vocab_size": decoder.vocab_size,
         "padded_vocab_size": decoder.vocab_size, "n_layer": decoder.n_layer, "n_head": decoder.n_head,
         "n_query_groups": decoder.n_kv_head, "n_embd": decoder.d_model, "head_size": decoder.width_of_head,
         "rotary_percentage": 1.0, "rope_base": position.theta, "parallel_residual": False, "bias": False,
         "norm_class_name": "RMSNorm", "norm_eps": norm.eps, "norm_qk": decoder.qk_norm == "head",
-        "mlp_class_name": "LLaMAMLP", "intermediate_size": decoder.feedforward[0].d_ff,
+        "mlp_class_name": "LLaMAMLP", "intermediate_size": feedforward.d_ff,
     }  # fmt: skip
 
 

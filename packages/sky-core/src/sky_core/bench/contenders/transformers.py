@@ -40,9 +40,8 @@ class Transformers(Contender):
         with tempfile.TemporaryDirectory() as folder:
             # The ids are what counts here, so any tokenizer that fits may lie beside the weights.
             path = export(model, ByteTokenizer(end_of_text=False), Path(folder) / "model")
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa"
-            ).to(device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        self.model: Any = loaded.to(device)
 
     def _loss(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.model(
@@ -94,6 +93,6 @@ class TransformersStatic(Transformers):
             return {"cache_implementation": "static", "disable_compile": True}
         from transformers.generation import CompileConfig
 
-        config = CompileConfig()
+        config: Any = CompileConfig()
         config._compile_all_devices = True  # its own switch for a CPU
         return {"cache_implementation": "static", "compile_config": config}
