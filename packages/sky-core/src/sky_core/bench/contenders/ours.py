@@ -55,6 +55,7 @@ class Ours(Contender):
         self.engine.update(skip=False)
 
     def prepare_decoding(self, precision: str, *, compile: bool, batch: int, length: int) -> None:
+        """Also in "int8" and "int4"; passes with a cache run uncompiled, whatever `compile` says."""
         self.precision = "fp32"  # the weights themselves are cast
         if precision in FORMATS and not any(isinstance(one, QuantizedLinear) for one in self.model.modules()):
             quantize_(self.model, precision)
