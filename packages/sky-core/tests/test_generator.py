@@ -234,6 +234,29 @@ def test_samples_that_come_later_start_from_a_copy(model: LanguageModel, monkeyp
     assert tokens(found[request]) == [alone(model, LONG, 2, i=i) for i in range(9)]
 
 
+def test_samples_of_several_prompts_get_each_a_copy_of_its_own(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = Passes(model, monkeypatch)
+    generator = Generator(model, BYTES, rows=8)
+    requests = [generator.submit(prompt, max_new_tokens=6, sampler=Greedy(), count=2) for prompt in RAGGED[:4]]
+    found = generator.run()
+    assert passes.widths[0] == [len(prompt) for prompt in RAGGED[:4]]
+    for request, prompt in zip(requests, RAGGED, strict=False):
+        assert tokens(found[request]) == [alone(model, prompt, 6, Greedy())] * 2
+
+
+def test_a_copied_beginning_and_a_long_prompt_that_do_not_fit_beside_each_other_go_apart(model: LanguageModel) -> None:
+    generator = Generator(model, BYTES, rows=4)
+    generator.submit(LONG, max_new_tokens=12, sampler=Greedy())
+    generator.step()
+    prompts = [[*LONG, 5], [9] * 30]
+    requests = [generator.submit(prompt, max_new_tokens=6, sampler=Greedy()) for prompt in prompts]
+    found = generator.run()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert found[request][0].tokens == alone(model, prompt, 6, Greedy())
+
+
 def test_a_common_beginning_is_read_once(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(model, monkeypatch)
     prompts = [LONG[:30] + ending for ending in RAGGED]
@@ -458,6 +481,7 @@ def test_what_is_taken_back_makes_room_at_once(model: LanguageModel) -> None:
     assert generator._filling.request == long
     last = generator.submit(RAGGED[4], max_new_tokens=3, sampler=Greedy())
     generator.cancel(long)
+    assert generator._filling is None
     results = generator.run()
     assert results.keys() == {third, last}
     assert tokens(results[third]) == [alone(model, RAGGED[2], 9, Greedy())]
