@@ -118,11 +118,14 @@ def test_throughput_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -
     clock = Clock(monkeypatch)
     meter = Throughput(total_steps=100)
     for _ in range(10):
-        meter.count(50)
+        meter.count(50, waited=0.1)
         clock.now += 0.5
     with meter.paused():
         clock.now += 60
+    clock.now += 30
+    meter.exclude(30)
     read = meter.read(10)
+    assert read.pop("wait") == pytest.approx(0.2)
     assert read == {"tokens_per_second": 100.0, "seconds_per_step": 0.5, "eta_seconds": 45.0}
     assert meter.read(10) == {}
 

@@ -77,7 +77,15 @@ def test_the_balancing_loss_is_part_of_the_loss_and_logged(lab: Any) -> None:
     assert line["loss"] == pytest.approx(line["nll"] + line["aux_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("fit", [{"micro_batch": 2}, {"activation_checkpointing": True}, {"dry_run": True}])
+@pytest.mark.parametrize(
+    "fit",
+    [
+        {"micro_batch": 2},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "block"},
+        {"dry_run": True},
+    ],
+)
 def test_accumulation_recomputation_and_the_dry_run_change_no_balance(lab: Any, fit: dict[str, Any]) -> None:
     """Recomputing runs each layer twice and counts twice: neither signs nor ratios of loads notice."""
     plain, other = built(), built(**fit)

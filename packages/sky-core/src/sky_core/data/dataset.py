@@ -33,13 +33,21 @@ class Batch:
     documents_BT: torch.Tensor | None = None
     positions_BT: torch.Tensor | None = None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    _n_targets: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def n_targets(self) -> int:
         """Number of tokens that carry loss."""
-        return int((self.targets_BT != IGNORE).sum())
+        return int((self.targets_BT != IGNORE).sum()) if self._n_targets is None else self._n_targets
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """This batch on `device`, which is not waited for: tokens are counted on the way there, not behind it."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        object.__setattr__(moved, "_n_targets", self.n_targets())
+        return moved
+
+    def pinned(self) -> Batch:
+        """A copy in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The sequences start..stop-1."""

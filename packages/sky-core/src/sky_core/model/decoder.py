@@ -14,14 +14,13 @@ B batch, T time (tokens), D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from sky_core.errors import UserError
 from sky_core.model import count
@@ -33,6 +32,7 @@ from sky_core.model.loss import cross_entropy_of_head, linear_cross_entropy
 from sky_core.model.mtp import MultiTokenModule
 from sky_core.model.mup import attention_scale, lr_scale
 from sky_core.model.position import PositionEncoding
+from sky_core.model.recompute import recomputed, selective_in_compiled
 from sky_core.slots import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class DecoderLM(LanguageModel):
         self._attentions, self._memories = tuple(one for _, one, _ in built), tuple(one for _, _, one in built)
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._compiled = False
+        self._evaluated: torch.Size | None = None
         init_weights(
             self,
             config.initializer_range,
@@ -198,9 +199,7 @@ class DecoderLM(LanguageModel):
         ctx.embedding_BTD = embedding_BTD
         for encoding in self._encodings:
             encoding.prepare(ctx)
-        # Each step of decoding has another shape, and compiling it would cost far more than it saves.
-        eager = self._compiled and ctx.cache is not None
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        with self._compilation(ctx) if self._compiled else nullcontext():
             yield
         if ctx.collect is not None:
             losses = ctx.collect.setdefault("losses", {})
@@ -210,20 +209,32 @@ class DecoderLM(LanguageModel):
             batch, time = ctx.tokens_BT.shape
             ctx.cache.advance([time] * batch if ctx.valid_BT is None else ctx.valid_BT.sum(1).tolist())
 
+    @contextmanager
+    def _compilation(self, ctx: Context) -> Iterator[None]:
+        """When compiled layers may compile once more: in training always; without gradients for the shape that comes
+        first, so that a short last batch runs as it is; with a cache never, whose every step has another shape."""
+        shape, training = ctx.tokens_BT.shape, torch.is_grad_enabled()
+        if ctx.cache is None and not training and self._evaluated is None:
+            self._evaluated = shape
+        with ExitStack() as stack:
+            if ctx.cache is not None:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            elif not training and shape != self._evaluated:
+                stack.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+            if self.activation_checkpointing == "selective":
+                stack.enter_context(selective_in_compiled())
+            yield
+
     def _run(self, module: nn.Module, ctx: Context, *inputs: torch.Tensor) -> torch.Tensor:
-        """`module(*inputs, ctx)`, kept or computed again in the backward pass."""
-        if self.activation_checkpointing and ctx.cache is None and torch.is_grad_enabled():
-            return self._recomputed(module, ctx, *inputs)
-        return module(*inputs, ctx)
-
-    def _recomputed(self, module: nn.Module, ctx: Context, *inputs: torch.Tensor) -> torch.Tensor:
-        """`module(*inputs, ctx)` that keeps only its inputs; the second run must not add its losses a second time."""
-
-        def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            own = replace(ctx, losses={})
-            return module(*inputs, own), own.losses
-
-        x_BTD, losses = checkpoint(run, *inputs, use_reentrant=False)
+        """`module(*inputs, ctx)`; what its backward pass needs is kept, or computed again."""
+        if ctx.cache is not None:
+            return module(*inputs, ctx)
+        policy = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        if policy == "none" or (policy == "selective" and self._compiled):
+            own = replace(ctx, losses={})  # as every layer's, so that compiled layers are one graph
+            x_BTD, losses = module(*inputs, own), own.losses
+        else:
+            x_BTD, losses = recomputed(policy, module, ctx, *inputs)
         for name, value in losses.items():
             ctx.add_loss(name, value)
         return x_BTD

@@ -17,6 +17,7 @@ from sky_core.model.cache import Cache
 if TYPE_CHECKING:
     from sky_core.model.adapter import Attached
     from sky_core.model.context import Context
+    from sky_core.model.recompute import Recompute
 
 
 class LanguageModel(nn.Module, ABC):
@@ -34,8 +35,8 @@ class LanguageModel(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.activation_checkpointing = False
-        """Keep only what enters each layer for the backward pass and compute the rest again."""
+        self.activation_checkpointing: Recompute = "none"
+        """What layers compute again in the backward pass instead of keeping it (`sky_core.model.recompute`)."""
         self.context_hooks: list[Callable[[Context], None]] = []
         """Called with the fresh context of every pass, before any layer reads it (the tap of key/value prefixes)."""
         self.adapters: list[Attached] = []
@@ -119,7 +120,8 @@ class LanguageModel(nn.Module, ABC):
     def compile_layers(self, **options: Any) -> None:
         """Compile each layer in place with `torch.compile(**options)`; names of parameters stay as they are.
 
-        Passes with a cache run uncompiled.
+        Each kind of layer is compiled once to be trained and once to be evaluated, at the first shape of an evaluation;
+        evaluations of another shape and passes with a cache run uncompiled.
         """
 
     @abstractmethod

@@ -41,7 +41,10 @@ class Mask:
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, computed the first time that `key` is asked for."""
+        """`make()`, computed the first time that `key` is asked for; by each compiled layer for itself, so that it
+        finds what any other does, and all are one graph."""
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,10 @@ class Engine(ABC):
 
     @abstractmethod
     def setup(self, precision: str, *, compile: bool) -> None:
-        """Join the other processes, choose the device and the precision ("auto", "fp32", "bf16"), say so in the log."""
+        """Join the other processes, choose device and precision ("auto", "fp32", "bf16", "fp8"), say so in the log.
+
+        Raises `ConfigError` for a precision that this engine or its device does not have.
+        """
 
     optimizers: list[torch.optim.Optimizer]
     """What `prepare` built; the trainer sets the learning rates of their groups."""
@@ -101,6 +104,13 @@ class Engine(ABC):
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all processes of a tensor on `device`."""
 
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """The sum over all processes of each of some numbers of this host."""
+        if self.world_size == 1:
+            return list(numbers)
+        totals: list[float] = self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+        return totals
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process: what all of them must decide alike."""
         return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)))
@@ -129,12 +139,25 @@ class LocalEngine(Engine):
         from sky_core.training.precision import resolve_precision
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.precision = resolve_precision(precision, self.device)
+        self.fp8 = precision == "fp8"
+        if self.fp8:
+            from sky_core.training.fp8 import require_fp8
+
+            require_fp8(self.device)
+        self.precision = resolve_precision("bf16" if self.fp8 else precision, self.device)
         self.compile = compile
-        log.info("engine local on %s%s", self.device, ", layers compiled" if compile else "")
+        log.info("engine local on %s", self.device)
+        if compile:
+            from sky_core.training.compilation import keep_compiled_code
+
+            log.info("layers are compiled at their first step; compiled code is kept in %s", keep_compiled_code())
 
     def prepare(self, step: Step, build_optimizers: BuildOptimizers) -> None:
         self.step = step
+        if self.fp8:
+            from sky_core.training.fp8 import use_fp8
+
+            use_fp8(step.model.get_submodule("layers"))
         if self.compile:
             step.model.compile_layers()
         named = [(name, parameter) for name, parameter in step.named_parameters() if parameter.requires_grad]

@@ -83,7 +83,7 @@ class TensorBoardLog:
 
 
 class Throughput:
-    """Tokens per second, seconds per step and time to go, over the time between two readings.
+    """Tokens per second, seconds per step, time to go and waiting for data, over the time between two readings.
 
     `count` costs nothing and waits for no device; call `read` after something that does (fetching the loss).
     `smoothing` is the weight of the past in the averages, per reading.
@@ -94,13 +94,19 @@ class Throughput:
         self.smoothing = smoothing
         self._step = step
         self._tokens = 0.0
+        self._waited = 0.0
         self._since = time.perf_counter()
         self._seconds_per_step: float | None = None
         self._tokens_per_second = 0.0
 
-    def count(self, tokens: float) -> None:
-        """Tokens were trained on."""
+    def count(self, tokens: float, waited: float = 0.0) -> None:
+        """Tokens were trained on, after waiting for them for `waited` seconds."""
         self._tokens += tokens
+        self._waited += waited
+
+    def exclude(self, seconds: float) -> None:
+        """So many seconds since the last reading are nobody's training time."""
+        self._since += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -109,10 +115,11 @@ class Throughput:
         try:
             yield
         finally:
-            self._since += time.perf_counter() - started
+            self.exclude(time.perf_counter() - started)
 
     def read(self, step: int) -> dict[str, float]:
-        """`tokens_per_second`, `seconds_per_step` (both smoothed) and `eta_seconds` after `step` steps.
+        """`tokens_per_second`, `seconds_per_step` (both smoothed), `eta_seconds` after `step` steps, and `wait`, the
+        share of the time that was spent on waiting for data.
 
         Empty when no step was made since the last reading.
         """
@@ -123,11 +130,13 @@ class Throughput:
         past = 0.0 if self._seconds_per_step is None else self.smoothing
         self._seconds_per_step = past * (self._seconds_per_step or 0.0) + (1 - past) * seconds / steps
         self._tokens_per_second = past * self._tokens_per_second + (1 - past) * self._tokens / seconds
-        self._step, self._tokens, self._since = step, 0.0, now
+        wait = self._waited / seconds
+        self._step, self._tokens, self._waited, self._since = step, 0.0, 0.0, now
         return {
             "tokens_per_second": self._tokens_per_second,
             "seconds_per_step": self._seconds_per_step,
             "eta_seconds": (self.total_steps - step) * self._seconds_per_step,
+            "wait": wait,
         }
 
 

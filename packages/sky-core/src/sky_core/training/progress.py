@@ -64,6 +64,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "lr": lambda v: f"lr {v:.1e}",
     "grad_norm": lambda v: f"gnorm {v:.2f}",
     "tokens_per_second": lambda v: f"{quantity(v)} tok/s",
+    "wait": lambda v: f"waits for data {v:.0%}" if v >= 0.02 else "",
     "mfu": lambda v: f"mfu {v:.0%}" if v >= 0.1 else f"mfu {v:.1%}",
     "peak_rss": lambda v: f"rss {memory(v)}",
     "peak_gpu": lambda v: f"gpu {memory(v)}",

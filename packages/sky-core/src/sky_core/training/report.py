@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sky_core.files import append_json_line, write_atomic
 from sky_core.generation.text import generate
 from sky_core.run_directory import utc_now
+from sky_core.training.compilation import Compilation
 from sky_core.training.flops import measure_peak_flops, mfu
 from sky_core.training.metrics import (
     MetricsLog,
@@ -45,6 +46,9 @@ class Report:
         self.tokens = 0
         self.seconds = 0.0
         self.meter = Throughput(trainer.fit.steps)
+        self._warm = False
+        self._waited = 0.0
+        self._compiled = Compilation()
         self._last: dict[str, float] = {}
         self._started = time.monotonic()
 
@@ -87,14 +91,32 @@ class Report:
         )  # fmt: skip
         if resume_from:
             trainer.directory.append_event({"event": "resumed", "step": resume_from})
+        self._compiled = Compilation.so_far()
         self.meter = Throughput(trainer.fit.steps, trainer.step)
         self.progress.start()
 
     def on_step(self, step: int, metrics: dict[str, Any]) -> None:
+        waited = self.trainer.loader.waited
         self.tokens += int(metrics["tokens"])
-        self.meter.count(metrics["tokens"])
-        if step % self.every and step not in (1, self.trainer.fit.steps):
-            return
+        self.meter.count(metrics["tokens"], waited - self._waited)
+        self._waited = waited
+        self.meter.exclude(self._compilation(step))
+        if not step % self.every or step in (1, self.trainer.fit.steps):
+            self._log(step, metrics)
+        if not self._warm:  # the first step of a process is slow: it is in no average
+            self._warm = True
+            self.meter = Throughput(self.trainer.fit.steps, step)
+
+    def _compilation(self, step: int) -> float:
+        """Seconds of compiling since the last call; whoever reads the run hears of them."""
+        now = Compilation.so_far()
+        new, self._compiled = now.since(self._compiled), now
+        if new.seconds:
+            log.info("step %d: %s", step, new)
+            self.trainer.directory.append_event({"event": "compiled", "step": step, **new._asdict()})
+        return new.seconds
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
         values = host_scalars(metrics)
         values |= self.meter.read(step)
         values["mfu"] = mfu(values["tokens_per_second"], self.flops_per_token, self.peak_flops)
@@ -104,6 +126,7 @@ class Report:
         self.progress.update(step, values | peak_memory(self.trainer.engine.device))
 
     def on_eval(self, step: int, results: dict[str, float]) -> None:
+        self._compilation(step)
         best = self.trainer.best_step == step
         self.trainer.directory.append_event({"event": "eval", "step": step, **results, "best": best})
         for writer in self.writers:

@@ -124,9 +124,9 @@ class Trainer:
                 self._announce("on_start")
                 if self.fit.dry_run:
                     self._dry_run()
-                loader = stack.enter_context(self._loader())
+                self.loader = stack.enter_context(self._loader())
                 while self.step < self.fit.steps and not self._stopped():
-                    metrics = self._train_step(next(loader))
+                    metrics = self._train_step(next(self.loader))
                     self._announce("on_step", self.step, metrics)
                     with self.report.meter.paused():
                         self._between_steps()
@@ -168,13 +168,17 @@ class Trainer:
             self.sequences + self.engine.rank * share,
             share,
             stride=share * self.engine.world_size,
+            pinned=self.engine.device.type == "cuda",
         )
 
     def _train_step(self, sequences: Batch) -> dict[str, Any]:
-        """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors."""
+        """One optimizer step over `accumulation` micro-batches; the metrics of that step as host numbers or tensors.
+
+        The host waits for the device once, to learn whether the step is finite: until then it runs ahead.
+        """
         batches = self._prepared(sequences)
         counts = [sum(self.objective.weight(batch) for batch in batches), sequences.n_targets()]
-        weight, tokens = self.engine.sum(torch.tensor(counts, dtype=torch.float64, device=self.engine.device)).tolist()
+        weight, tokens = self.engine.totals(counts)
         weight = weight or 1.0  # a step without a target has no loss
         multiplier = self.schedule(self.step)
         for optimizer, peaks in zip(self.engine.optimizers, self.peak_lr, strict=True):
@@ -211,14 +215,13 @@ class Trainer:
 
     def _prepared(self, batch: Batch) -> list[Batch]:
         """The step's sequences as micro-batches on the device, prepared by the objective."""
-        batch = batch.to(self.engine.device)
         prepared = []
         with torch.no_grad(), self.engine.autocast():
             for index in range(len(batch.tokens_BT) // self.micro_batch):
                 # Another stream than that of the forward pass, so that rollouts and dropout are independent.
                 torch.manual_seed(step_seed(self.run.seed, self.step, self.engine.rank, self.accumulation + index))
                 part = batch.rows(index * self.micro_batch, (index + 1) * self.micro_batch)
-                prepared.append(self.objective.prepare(self.model, part))
+                prepared.append(self.objective.prepare(self.model, part.to(self.engine.device)))
         return prepared
 
     def _count_skip(self, finite: bool) -> None:

@@ -1,0 +1,47 @@
+"""What `torch.compile` costs a run: where its code is kept between runs, and the seconds it took.
+
+Compiled code is kept by content (inductor's caches of graphs and of generated code), so a second run of the same layers
+on the same machine loads instead of compiling. torch's own place for it is a temporary folder that a restart clears;
+ours is in the user's cache, unless `TORCHINDUCTOR_CACHE_DIR` says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def keep_compiled_code() -> str:
+    """Have this process keep compiled code in, and take it from, a folder that outlives it; returns the folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return os.environ.setdefault(CACHE, str(Path(home) / "sky" / "inductor"))
+
+
+class Compilation(NamedTuple):
+    """What this process has compiled so far: seconds of it, graphs, and how many of them came from the cache."""
+
+    seconds: float = 0.0
+    graphs: int = 0
+    cached: int = 0
+
+    @classmethod
+    def so_far(cls) -> Compilation:
+        if "torch._dynamo.utils" not in sys.modules:  # which takes a second to import: nothing is compiled without it
+            return cls()
+        from torch._dynamo import utils
+
+        return cls(
+            utils.calculate_time_spent()["total_wall_time"],
+            utils.counters["stats"]["unique_graphs"],
+            utils.counters["aot_autograd"]["autograd_cache_hit"],
+        )
+
+    def since(self, before: Compilation) -> Compilation:
+        return Compilation(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def __str__(self) -> str:
+        return f"layers compiled in {self.seconds:.1f} s ({self.graphs} graphs, {self.cached} of them from the cache)"
