@@ -68,14 +68,14 @@ def recomputed(
         with _autocast_without_cache(inputs[0].device.type):
             return module(*inputs, own), own.losses
 
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def selective_in_compiled() -> AbstractContextManager[None]:
     """Inside, the compiler keeps results of matrix products, attention and reductions only."""
     import torch._functorch.config
 
-    return torch._functorch.config.patch(aggressive_recomputation=True)  # type: ignore[no-any-return]
+    return torch._functorch.config.patch(aggressive_recomputation=True)
 
 
 def _choice(ctx: Any, operation: torch._ops.OpOverload, *inputs: Any, **options: Any) -> CheckpointPolicy:

@@ -41,7 +41,7 @@ class Compilation(NamedTuple):
         )
 
     def since(self, before: Compilation) -> Compilation:
-        return Compilation(*(now - then for now, then in zip(self, before, strict=True)))
+        return Compilation(self.seconds - before.seconds, self.graphs - before.graphs, self.cached - before.cached)
 
     def __str__(self) -> str:
         return f"layers compiled in {self.seconds:.1f} s ({self.graphs} graphs, {self.cached} of them from the cache)"
