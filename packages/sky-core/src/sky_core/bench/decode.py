@@ -71,7 +71,7 @@ def run(
     own = {f"ours, {one}": one for one in dict.fromkeys([precision, *formats])}
     record = Record(
         settings.options(f"decode-{found.name}-{precision}"),
-        what=f"decoding {found.name}: {new} tokens after {prompt}, {precision}{', peers compiled' if compile else ''}",
+        what=f"decoding {found.name}: {new} tokens after {prompt}, {precision}{', compiled' if compile else ''}",
         seeds=[0],
         peers=distributions(["ours", *peers]),
     )

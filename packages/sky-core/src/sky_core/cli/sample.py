@@ -30,6 +30,7 @@ from sky_core.cli.quiet import quiet
 @click.option("--draft", help="Guess ahead with a smaller run of the same tokenizer, or with: lookup, mtp.")
 @click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Tokens to guess ahead.")
 @click.option("--quantize", metavar="FORMAT", help="Weights in fewer bits, faster on CPUs: int8, int4 (group-wise).")
+@click.option("--compile", "compiled", is_flag=True, help="Compile decoding: up to a minute once, then faster.")
 @click.option("--stream/--no-stream", default=True, help="Show text as it comes (one sample only).")
 @click.option("--json", "as_json", is_flag=True, help="Print prompt, text, tokens, log-probabilities and why it ended.")
 def sample(
@@ -48,6 +49,7 @@ def sample(
     draft: str | None,
     draft_tokens: int,
     quantize: str | None,
+    compiled: bool,
     stream: bool,
     as_json: bool,
 ) -> None:
@@ -66,6 +68,7 @@ def sample(
     from sky_core.generation.drafts import make_draft
     from sky_core.generation.text import encode_prompts, make_sampler
     from sky_core.quantization import quantize_
+    from sky_core.training.compilation import keep_compiled_code
 
     sampler = make_sampler(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -82,6 +85,9 @@ def sample(
         guesser = None if draft is None else make_draft(draft, tokenizer, draft_tokens)
     if quantize is not None:
         quantize_(model, quantize)
+    if compiled:
+        keep_compiled_code()
+        model.compile_decoding()
     ids = encode_prompts(tokenizer, texts)
     options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
     options["draft"] = guesser

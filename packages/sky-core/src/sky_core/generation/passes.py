@@ -46,7 +46,7 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: Cache
 
 def step(model: LanguageModel, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Take one more token of each row into the cache: logits_BV of what follows."""
-    return model.logits(model.hidden(tokens_B[:, None], cache=cache))[:, 0]
+    return model.step(tokens_B, cache)
 
 
 def in_groups(cache: Cache, widths: Sequence[int], run: Run) -> tuple[torch.Tensor, Cache]:

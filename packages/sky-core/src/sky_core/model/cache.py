@@ -118,6 +118,15 @@ class Cache:
         self.layers = layers
         self.memories = memories
 
+    def check_room(self, count: int) -> None:
+        """Raise `ValueError` unless `count` more tokens of every row fit."""
+        longest = max(self.lengths)
+        if longest + count > self.max_length:
+            raise ValueError(
+                f"the cache has room for {self.max_length} tokens per row: row {self.lengths.index(longest)} holds"
+                f" {longest} and {count} more do not fit; drop full rows (cache.select) or make a longer cache"
+            )
+
     def advance(self, counts: Sequence[int]) -> None:
         """Row b has taken in counts[b] more tokens."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

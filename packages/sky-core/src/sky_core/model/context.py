@@ -72,7 +72,8 @@ class Context:
         if cache is not None:
             if documents_BT is not None:
                 raise ValueError("documents_BT cannot be used with a cache: give each document a row of its own")
-            _check_cached(cache, time, valid_BT, prefix_B)
+            cache.check_room(time)
+            _check_padding(cache, time, valid_BT, prefix_B)
 
         aligned = len(set(lengths)) <= 1
         slots_BT = torch.arange(end - time, end, device=tokens_BT.device)[None]
@@ -97,6 +98,20 @@ class Context:
             collect=collect,
         )
 
+    @classmethod
+    def at_slots(cls, tokens_BT: torch.Tensor, slots_BT: torch.Tensor, end: int, cache: Cache) -> Context:
+        """The context of a pass whose tokens go to the given slots of a cache and see its first `end`, whatever its
+        rows hold: nothing in it depends on numbers of the host."""
+        return cls(
+            tokens_BT=tokens_BT,
+            positions_BT=slots_BT,
+            mask=Mask(slots_BT=slots_BT),
+            end=end,
+            aligned=False,
+            slots_BT=slots_BT,
+            cache=cache,
+        )
+
     def layer_cache(self, layer: int) -> LayerCache | None:
         """State of that layer's attention, None when nothing is cached."""
         return None if self.cache is None else self.cache.layers[layer]
@@ -110,14 +125,8 @@ class Context:
         self.losses[name] = self.losses[name] + value if name in self.losses else value
 
 
-def _check_cached(cache: Cache, time: int, valid_BT: torch.Tensor | None, prefix_B: torch.Tensor | None) -> None:
-    """Raise `ValueError` unless `time` more tokens of every row fit into the cache as they come."""
-    longest = max(cache.lengths)
-    if longest + time > cache.max_length:
-        raise ValueError(
-            f"the cache has room for {cache.max_length} tokens per row: row {cache.lengths.index(longest)} holds"
-            f" {longest} and {time} more do not fit; drop full rows (cache.select) or make a longer cache"
-        )
+def _check_padding(cache: Cache, time: int, valid_BT: torch.Tensor | None, prefix_B: torch.Tensor | None) -> None:
+    """Raise `ValueError` unless padding and prefixes of `time` more tokens are where a cache takes them."""
     if valid_BT is not None and bool((valid_BT[:, 1:] & ~valid_BT[:, :-1]).any()):
         raise ValueError("valid_BT has a real token behind padding: with a cache, pad rows on the right")
     if prefix_B is not None:

@@ -26,6 +26,7 @@ from sky_core.errors import UserError
 from sky_core.model import count
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
+from sky_core.model.decoding import CompiledStep
 from sky_core.model.init import init_weights
 from sky_core.model.language_model import LanguageModel
 from sky_core.model.loss import cross_entropy_of_head, linear_cross_entropy
@@ -78,6 +79,7 @@ class DecoderLM(LanguageModel):
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._compiled = False
         self._evaluated: torch.Size | None = None
+        self._decoding: CompiledStep | None = None
         init_weights(
             self,
             config.initializer_range,
@@ -146,10 +148,7 @@ class DecoderLM(LanguageModel):
         )
         for hook in self.context_hooks:
             hook(ctx)
-        x_BTD = self._embed(tokens_BT)
-        for position in self.positions:
-            x_BTD = position.embed(x_BTD, ctx)
-        x_BTD = self.dropout(x_BTD)
+        x_BTD = self._enter(ctx)
         states = [x_BTD]
         if collect is not None and "attention" in collect:
             collect["attention"] = {}
@@ -186,6 +185,33 @@ class DecoderLM(LanguageModel):
         embedding_BTD = self._embed(tokens_BT)
         with self._pass(ctx, embedding_BTD):
             return self._run(self.mtp[depth], ctx, hidden_BTD, embedding_BTD)
+
+    def step(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+        if self._decoding is None:
+            return super().step(tokens_B, cache)
+        if self.context_hooks:
+            raise UserError("compiled decoding knows no key/value prefixes: detach the adapter, or do not compile")
+        return self._decoding(tokens_B, cache)
+
+    def compile_decoding(self, **options: Any) -> None:
+        self._decoding = CompiledStep(self._next_logits, **options)
+
+    def _next_logits(self, ctx: Context) -> torch.Tensor:
+        """logits_BV behind the last token of a pass that only fills the cache."""
+        x_BTD = self._enter(ctx)
+        ctx.embedding_BTD = x_BTD
+        for encoding in self._encodings:
+            encoding.prepare(ctx)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, ctx)
+        return self.logits(self.norm(x_BTD[:, -1:]))[:, 0]
+
+    def _enter(self, ctx: Context) -> torch.Tensor:
+        """What enters the first layer."""
+        x_BTD = self._embed(ctx.tokens_BT)
+        for position in self.positions:
+            x_BTD = position.embed(x_BTD, ctx)
+        return self.dropout(x_BTD)
 
     def _embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         x_BTD = self.embed_tokens(tokens_BT)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sky_core.errors import UserError
 from sky_core.model.cache import Cache
 
 if TYPE_CHECKING:
@@ -69,6 +70,15 @@ class LanguageModel(nn.Module, ABC):
 
         Raises `ValueError` when the tokens do not fit `max_length` or the cache, or the options contradict each other.
         """
+
+    def step(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """logits_BV of what follows one more token of each row, which the cache takes in."""
+        return self.logits(self.hidden(tokens_B[:, None], cache=cache))[:, 0]
+
+    def compile_decoding(self, **options: Any) -> None:
+        """Compile `step` with `torch.compile(**options)`: seconds to a minute at its first use, a fraction of the time
+        of each token from then on. Raises `UserError` where a model cannot."""
+        raise UserError(f"{type(self).__name__} has no compiled decoding")
 
     @abstractmethod
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

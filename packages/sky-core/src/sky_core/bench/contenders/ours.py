@@ -19,6 +19,7 @@ from sky_core.data.dataset import Batch
 from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
 from sky_core.quantization import FORMATS, QuantizedLinear, quantize_
+from sky_core.training.compilation import keep_compiled_code
 from sky_core.training.engine import LocalEngine, Step
 from sky_core.training.objective import NextToken
 
@@ -55,11 +56,14 @@ class Ours(Contender):
         self.engine.update(skip=False)
 
     def prepare_decoding(self, precision: str, *, compile: bool, batch: int, length: int) -> None:
-        """Also in "int8" and "int4"; passes with a cache run uncompiled, whatever `compile` says."""
+        """Also in "int8" and "int4"."""
         self.precision = "fp32"  # the weights themselves are cast
         if precision in FORMATS and not any(isinstance(one, QuantizedLinear) for one in self.model.modules()):
             quantize_(self.model, precision)
         cast(self.model, "bf16" if precision in FORMATS else precision)
+        if compile:
+            keep_compiled_code()
+            self.model.compile_decoding()
         self.tokenizer = id_tokenizer(self.model.vocab_size)
 
     def generate(self, prompts: Prompts, n: int) -> list[list[int]]:
