@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from sky_core.model.language_model import LanguageModel
 from sky_core.testing.workbench import assert_close, tiny_model
@@ -130,6 +131,8 @@ def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(
     assert keep_compiled_code() == "/elsewhere"
     monkeypatch.delenv(CACHE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_compiled_code() == os.environ[CACHE] == str(tmp_path / "sky" / "inductor")
+    monkeypatch.setenv(CACHE, default_cache_dir())  # what inductor leaves there once it was asked
     assert keep_compiled_code() == os.environ[CACHE] == str(tmp_path / "sky" / "inductor")
 
 

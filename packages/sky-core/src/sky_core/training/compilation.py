@@ -17,8 +17,13 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 def keep_compiled_code() -> str:
     """Have this process keep compiled code in, and take it from, a folder that outlives it; returns the folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return os.environ.setdefault(CACHE, str(Path(home) / "sky" / "inductor"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Inductor writes its own default into the variable the first time that it looks for its folder.
+    if os.environ.get(CACHE) in (None, default_cache_dir()):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        os.environ[CACHE] = str(Path(home) / "sky" / "inductor")
+    return os.environ[CACHE]
 
 
 class Compilation(NamedTuple):
