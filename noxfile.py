@@ -170,9 +170,10 @@ def oracles(session: nox.Session, package: str) -> None:
 def peers(session: nox.Session) -> None:
     """Against libraries that the reference libraries do not bear beside them: litgpt pins an older huggingface-hub, and
     transformers imports torchao wherever it finds it."""
-    needs = ("lightning>=2.6", "torchmetrics", "jsonargparse[signatures]>=4.37,<=4.41")
+    needs = ("lightning>=2.6", "torchmetrics", "psutil", "jsonargparse[signatures]>=4.37,<=4.41")
     install(session, CORE.target("test", "bench"), *needs)
     session.install("--no-deps", "litgpt>=0.5.13,<0.6", "torchao>=0.18")
+    session.run("python", "-c", "import litgpt, torchao", silent=True)  # what does not import would only be skipped
     folder = CORE.path / "tests" / "oracles"
     pytest(session, str(folder / "test_bench_peers.py"), str(folder / "test_quantization.py"))
 

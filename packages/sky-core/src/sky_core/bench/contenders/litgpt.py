@@ -34,8 +34,8 @@ class LitGPT(Contender):
     libraries: ClassVar = ("litgpt", "litgpt.utils", "litgpt.generate.base")
     distributions: ClassVar = ("litgpt", "lightning")
     install: ClassVar = (
-        "pip install --no-deps litgpt && pip install lightning torchmetrics 'jsonargparse[signatures]>=4.37,<=4.41'"
-        " (--no-deps: litgpt pins an old huggingface-hub)"
+        "pip install --no-deps litgpt && pip install lightning torchmetrics psutil"
+        " 'jsonargparse[signatures]>=4.37,<=4.41' (--no-deps: litgpt pins an old huggingface-hub)"
     )
 
     def __init__(self, model: DecoderLM, device: str) -> None:
