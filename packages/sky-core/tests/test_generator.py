@@ -282,7 +282,8 @@ def test_what_is_done_is_forgotten_with_the_last_request(model: LanguageModel, m
         assert passes.widths[0] == [48]
 
 
-def test_a_chat_goes_on_from_its_last_answer(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def answer_once_and_go_on(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second prompt that begins with the first and its answer reads what is new alone."""
     generator = Generator(model, BYTES, rows=2, remember=True)
     request = generator.submit(LONG[:20], max_new_tokens=10, sampler=Greedy())
     [answer] = generator.run()[request]
@@ -292,6 +293,10 @@ def test_a_chat_goes_on_from_its_last_answer(model: LanguageModel, monkeypatch: 
     request = generator.submit(prompt, max_new_tokens=10, sampler=Greedy())
     assert tokens(generator.run()[request]) == [expected]
     assert passes.widths[0] == [1 + len(RAGGED[1])], "the last token of an answer was never read"
+
+
+def test_a_chat_goes_on_from_its_last_answer(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_once_and_go_on(model, monkeypatch)
 
 
 class Tally(LayerCache):
@@ -353,15 +358,7 @@ def test_a_memory_that_cannot_be_cut_is_right_and_the_log_says_what_it_costs(
 
 
 def test_a_memory_can_be_gone_on_from_whole(remembering: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = Generator(remembering, BYTES, rows=2, remember=True)
-    request = generator.submit(LONG[:20], max_new_tokens=10, sampler=Greedy())
-    [answer] = generator.run()[request]
-    prompt = LONG[:20] + answer.tokens + RAGGED[1]
-    expected = alone(remembering, prompt, 10, Greedy())
-    passes = Passes(remembering, monkeypatch)
-    request = generator.submit(prompt, max_new_tokens=10, sampler=Greedy())
-    assert tokens(generator.run()[request]) == [expected]
-    assert passes.widths[0] == [1 + len(RAGGED[1])]
+    answer_once_and_go_on(remembering, monkeypatch)
 
 
 # one pass after the other

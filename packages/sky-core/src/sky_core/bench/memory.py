@@ -138,11 +138,10 @@ def measure(task: Task) -> Found:
 
 
 def _agree(losses: dict[str, float]) -> None:
-    from sky_core.bench.train import WEIGHTS
+    from sky_core.bench.train import WEIGHTS, disagreement
 
-    for name, loss in losses.items():
-        if not abs(loss - losses["ours"]) <= WEIGHTS * abs(losses["ours"]):
-            raise CheckFailed(f"{name} does not compute what ours does: loss {loss:.6f} against {losses['ours']:.6f}")
+    if difference := disagreement(losses, WEIGHTS):
+        raise CheckFailed(difference)
 
 
 # ------------------------------------------------------------------------------------------ in the other process

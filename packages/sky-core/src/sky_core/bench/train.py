@@ -151,14 +151,18 @@ def agree(
 ) -> dict[str, float]:
     """The losses of all. Raises `CheckFailed` naming the first that differs from ours by more than `tolerance`."""
     losses = {name: one.loss(tokens_BT, targets_BT) for name, one in contenders.items()}
+    if difference := disagreement(losses, tolerance):
+        raise CheckFailed(f"{difference} {when} (tolerance {tolerance:.0e}); nothing was timed")
+    return losses
+
+
+def disagreement(losses: dict[str, float], tolerance: float) -> str | None:
+    """Who differs from ours by more than `tolerance`, relative, and by what; None when nobody does."""
     ours = losses["ours"]
     for name, loss in losses.items():
         if not abs(loss - ours) <= tolerance * abs(ours):
-            raise CheckFailed(
-                f"{name} does not compute what ours does: loss {loss:.6f} against {ours:.6f} {when}"
-                f" (tolerance {tolerance:.0e}); nothing was timed"
-            )
-    return losses
+            return f"{name} does not compute what ours does: loss {loss:.6f} against {ours:.6f}"
+    return None
 
 
 def _step(one: Contender, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> Callable[[], None]:

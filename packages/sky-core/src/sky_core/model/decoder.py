@@ -199,9 +199,7 @@ class DecoderLM(LanguageModel):
     def _next_logits(self, ctx: Context) -> torch.Tensor:
         """logits_BV behind the last token of a pass that only fills the cache."""
         x_BTD = self._enter(ctx)
-        ctx.embedding_BTD = x_BTD
-        for encoding in self._encodings:
-            encoding.prepare(ctx)
+        self._share(ctx, x_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, ctx)
         return self.logits(self.norm(x_BTD[:, -1:]))[:, 0]
@@ -219,12 +217,16 @@ class DecoderLM(LanguageModel):
             x_BTD = x_BTD * torch.tensor(self.config.d_model**0.5, dtype=x_BTD.dtype)
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
-    @contextmanager
-    def _pass(self, ctx: Context, embedding_BTD: torch.Tensor) -> Iterator[None]:
-        """What stands around the layers of every pass: shared tables before, reported losses and the cache behind."""
+    def _share(self, ctx: Context, embedding_BTD: torch.Tensor) -> None:
+        """Put into the context what every layer reads."""
         ctx.embedding_BTD = embedding_BTD
         for encoding in self._encodings:
             encoding.prepare(ctx)
+
+    @contextmanager
+    def _pass(self, ctx: Context, embedding_BTD: torch.Tensor) -> Iterator[None]:
+        """What stands around the layers of every pass: shared tables before, reported losses and the cache behind."""
+        self._share(ctx, embedding_BTD)
         with self._compilation(ctx) if self._compiled else nullcontext():
             yield
         if ctx.collect is not None:
