@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sky_core.components.generation import Greedy, Sample
 from sky_core.errors import SkyError, UserError
 from sky_core.generation.decode import generate_tokens, stream_tokens
-from sky_core.generation.passes import prefill, step
+from sky_core.generation.passes import prefill
 from sky_core.generation.row import Piece
 from sky_core.generation.text import encode_prompts, generate
 from sky_core.generation.text_stream import TextStream
@@ -111,7 +111,7 @@ def test_steps_give_the_logits_of_the_parallel_forward(model: LanguageModel) -> 
         together = [prefill(model, [tokens_BT[b, :n].tolist() for b, n in enumerate(lengths)], cache)]
         for t in range(8):
             next_B = torch.stack([tokens_BT[b, n + t] for b, n in enumerate(lengths)])
-            together.append(step(model, next_B, cache))
+            together.append(model.step(next_B, cache))
         for b, n in enumerate(lengths):
             expected = model(tokens_BT[b : b + 1, : n + 8])[0, n - 1 :]
             # fp32 sums in another order: a few units in the last place
@@ -351,8 +351,8 @@ def test_joined_caches_go_on_as_each_alone(model: LanguageModel) -> None:
         prefill(model, RAGGED[1:3], second)
         both = first.join(second)
         assert both.lengths == [len(prompt) for prompt in RAGGED[:3]]
-        together = step(model, torch.tensor([7, 8, 9]), both)
-        apart = torch.cat([step(model, torch.tensor([7]), first), step(model, torch.tensor([8, 9]), second)])
+        together = model.step(torch.tensor([7, 8, 9]), both)
+        apart = torch.cat([model.step(torch.tensor([7]), first), model.step(torch.tensor([8, 9]), second)])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 

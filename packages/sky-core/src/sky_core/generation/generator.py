@@ -33,7 +33,7 @@ import torch
 from sky_core.components.generation import Sample
 from sky_core.errors import UserError
 from sky_core.eval.mode import evaluating
-from sky_core.generation.passes import last, step, take_in
+from sky_core.generation.passes import last, take_in
 from sky_core.generation.pool import Pool, common
 from sky_core.generation.row import SLIDING, Generation, Piece, Row, check_prompt, stop_strings
 from sky_core.generation.sampling import row_generator
@@ -183,7 +183,7 @@ class Generator:
             return []
         tokens_B = torch.tensor([row.tokens[-1] for row in self._running], device=self._device)
         with self._pool.places(0, len(self._running)) as cache:
-            logits_BV = step(self.model, tokens_B, cache)
+            logits_BV = self.model.step(tokens_B, cache)
         pieces = self._take(self._running, logits_BV)
         self._settle()
         return pieces

@@ -44,11 +44,6 @@ def prefill(model: LanguageModel, prompts: Sequence[Sequence[int]], cache: Cache
     return model.logits(last(hidden_BTD, [len(prompt) for prompt in prompts], 1))[:, 0]
 
 
-def step(model: LanguageModel, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Take one more token of each row into the cache: logits_BV of what follows."""
-    return model.step(tokens_B, cache)
-
-
 def in_groups(cache: Cache, widths: Sequence[int], run: Run) -> tuple[torch.Tensor, Cache]:
     """`run` on the whole batch at once, or on parts of it that each fit: outputs and cache, rows in their order.
 
