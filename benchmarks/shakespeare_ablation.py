@@ -36,7 +36,7 @@ MUON = 'optimizer={"kind": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"l
 
 LADDER: list[Entry] = [
     ("nanoGPT's recipe", []),
-    ("RMSNorm, RoPE and SwiGLU", ['model.norm={"kind": "rmsnorm"}', "model.position=rope", SWIGLU]),
+    ("RoPE and SwiGLU", ["model.position=rope", SWIGLU]),
     ("AdamW at 3e-3, not 1e-3", ["optimizer.lr=3e-3"]),
     ("norms of queries and keys", ["model.qk_norm=head"]),
     ("Muon, not AdamW", [MUON]),
@@ -52,7 +52,7 @@ LADDER: list[Entry] = [
 
 OTHERS: list[Entry] = [
     ("no norms of queries and keys", ["model.qk_norm=null"]),
-    ("LayerNorm, not RMSNorm", ['model.norm={"kind": "layernorm", "bias": false}']),
+    ("RMSNorm, not LayerNorm", ['model.norm={"kind": "rmsnorm"}']),
     ("squared ReLU (d_ff 516)", ['model.feedforward={"kind": "relu2", "d_ff": 516}']),
     ("value embeddings", ["model.attention.value_embedding=true"]),
     ("residual scalars", ["model.block.residual_scalars=true"]),
