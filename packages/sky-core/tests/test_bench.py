@@ -21,6 +21,7 @@ from sky_core.bench.report import Settings, check, markdown, read
 from sky_core.bench.shape import find_shape
 from sky_core.bench.student import paired, pairs_needed, t_quantile, within
 from sky_core.bench.timing import Rounds, interleave
+from sky_core.data.shards import ShardTokens
 from sky_core.errors import CheckFailed, UserError
 
 # --------------------------------------------------------------------------------------------- student
@@ -290,7 +291,19 @@ def test_requests_are_answered_in_full(bench: Any) -> None:
 
 
 def test_loading_is_measured_against_nanogpt(bench: Any) -> None:
-    assert {"token files against nanoGPT", "tar shards against nanoGPT"} <= values(bench("load")).keys()
+    found = values(bench("load"))
+    assert {"token files against nanoGPT", "tar shards against nanoGPT"} <= found.keys()
+    for way in ("token files", "tar shards"):
+        assert {f"{way}, documents: mask", f"{way}, packing: best_fit", f"{way}, two mixed 7:3"} <= found.keys()
+
+
+def test_loading_is_not_timed_where_shards_give_other_sequences(lab: Any) -> None:
+    gather = ShardTokens.gather
+    lab.monkeypatch.setattr(ShardTokens, "gather", lambda self, starts, length: gather(self, starts + 1, length))
+    told = lab.sky("bench", "load", "--smoke", "--out", "out")
+    assert told.code == 4
+    assert "tar shards: its tokens_BT are not those of token files" in told.err
+    assert not Path("out").exists()
 
 
 def test_optimizers_take_their_share_of_a_step(bench: Any) -> None:

@@ -230,6 +230,43 @@ def test_masked_documents_and_positions_restart_after_each_end_of_text(folder: P
     assert torch.equal(masked.targets_BT, plain.targets_BT.masked_fill(border_BT, IGNORE))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=3, max_size=12),
+    sequence_length=st.integers(1, 30),
+    starts=st.lists(st.integers(0, 10**6), max_size=5),
+    format=st.sampled_from(["tokens", "shards"]),
+)
+def test_first_tokens_are_those_after_an_end_on_the_ring(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], sequence_length: int, starts: list[int], format: str
+) -> None:
+    """By the definition, token by token; windows longer than the split go around it more than once."""
+    folder = made(tmp_path_factory.mktemp("data") / "out", [40, *lengths], format=format)
+    dataset = TokenFiles(folder, sequence_length, documents="mask")
+    for split in dataset._splits.values():
+        n, ends = len(split), {int(end) % len(split) for end in split.ends_D}
+        starts_B = np.array([start % n for start in starts], dtype=np.int64)
+        batch = dataset._windows(split, starts_B)
+        ring = split.tokens.read(0, n).tolist()
+        assert batch.documents_BT is not None
+        assert batch.positions_BT is not None
+        for b, start in enumerate(starts_B.tolist()):
+            document = position = 0
+            for t in range(sequence_length):
+                if t and (start + t) % n in ends:
+                    document, position = document + 1, 0
+                follows = (start + t + 1) % n
+                row = (
+                    batch.tokens_BT[b, t],
+                    batch.targets_BT[b, t],
+                    batch.documents_BT[b, t],
+                    batch.positions_BT[b, t],
+                )
+                target = IGNORE if follows in ends else ring[follows]
+                assert list(map(int, row)) == [ring[(start + t) % n], target, document, position]
+                position += 1
+
+
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), row=st.integers(1, 20))
 def test_packing_puts_every_token_in_one_row_and_fills_no_row_over(lengths: list[int], row: int) -> None:
     ends = np.cumsum(lengths)

@@ -133,7 +133,7 @@ def _joined(parts: list[Batch], order_B: torch.Tensor) -> Batch:
 
     def join(tensors: list[torch.Tensor | None]) -> Any:
         present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present)[order_B] if present else None
+        return torch.cat(present).index_select(0, order_B) if present else None
 
     return Batch(
         join([part.tokens_BT for part in parts]),

@@ -37,7 +37,7 @@ def best_fit(ends_D: np.ndarray, row: int) -> Plan:
     ends_D = np.asarray(ends_D, dtype=np.int64)
     starts_D = np.concatenate([[0], ends_D[:-1]])
     full_D, rest_D = np.divmod(ends_D - starts_D, row)
-    whole_F = _ranges(starts_D, full_D, row)
+    whole_F = ranges(starts_D, full_D, row)
     rests = np.flatnonzero(rest_D)
     rests = rests[np.argsort(-rest_D[rests], kind="stable")]
     rest_start_N = (ends_D - rest_D)[rests]
@@ -54,7 +54,7 @@ def best_fit(ends_D: np.ndarray, row: int) -> Plan:
     )
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray, step: int) -> np.ndarray:
+def ranges(starts: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
     """starts[i], starts[i] + step, ... `counts[i]` of them, for every i, in one array."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts, counts) + step * (np.arange(counts.sum()) - np.repeat(before, counts))

@@ -218,10 +218,12 @@ class FlatTokens:
 
     def gather(self, starts_B: np.ndarray, length: int) -> np.ndarray:
         """`length` tokens from each start, (B, length); after the last token of the split comes the first."""
-        index_BL = starts_B[:, None] + np.arange(length)
-        if index_BL.size and index_BL[:, -1].max() >= len(self):
-            index_BL %= len(self)
-        return self._tokens_N[index_BL]
+        if (starts_B + length > len(self)).any():
+            return self._tokens_N[(starts_B[:, None] + np.arange(length)) % len(self)]
+        step = self._tokens_N.itemsize
+        shape = len(self) - length + 1, length
+        # Every window there is, overlapping, as a view: taking rows of it copies runs, not token by token.
+        return np.ndarray(shape, self._tokens_N.dtype, self._tokens_N, strides=(step, step))[starts_B]
 
 
 def map_file(path: Path, dtype: str, *, offset: int = 0, count: int | None = None) -> np.ndarray:

@@ -112,8 +112,9 @@ class ShardTokens:
         self._n = split.tokens
         self._dtype = np.dtype(dtype)
         self._shard_M = members_M3[:, 0].tolist()
-        self._offset_M = (members_M3[:, 1] // self._dtype.itemsize).tolist()
         self._end_M = [*members_M3[1:, 2].tolist(), self._n]
+        # From a token's number in the split to its place in the map of its shard.
+        self._shift_M = (members_M3[:, 1] // self._dtype.itemsize - members_M3[:, 2]).tolist()
         self._maps = [map_file(folder / file.name, dtype) for file in split.files]
 
     def __len__(self) -> int:
@@ -121,13 +122,12 @@ class ShardTokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens start .. stop - 1."""
-        member = bisect_right(self._end_M, start)
         parts = []
         while start < stop:
-            before = self._end_M[member - 1] if member else 0
-            at, end = self._offset_M[member] - before, min(stop, self._end_M[member])
-            parts.append(self._maps[self._shard_M[member]][at + start : at + end])
-            start, member = end, member + 1
+            member = bisect_right(self._end_M, start)
+            shift, end = self._shift_M[member], min(stop, self._end_M[member])
+            parts.append(self._maps[self._shard_M[member]][start + shift : end + shift])
+            start = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def gather(self, starts_B: np.ndarray, length: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Sequences from a prepared folder, memory-mapped and in random access: the dataset that models are trained on.
 
-B batch (sequences), T time (tokens), N tokens of a split, D documents, L = T + 1.
+B batch (sequences), T time (tokens), N tokens of a split, D documents, L = T + 1; and in a batch: P pieces of
+documents, F first tokens of documents, S spans of one document in one row.
 
 `packing: stream`. The training split is read as a ring of N tokens, its first document following its last as any
 document follows another. Epoch e cuts it into N // T windows of T inputs (and, one to the right, T targets) beginning
@@ -22,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 
 from sky_core.data.dataset import IGNORE, Batch, Dataset
-from sky_core.data.packing import best_fit
+from sky_core.data.packing import best_fit, ranges
 from sky_core.data.permute import Shuffle, draw
 from sky_core.data.prepared import FlatTokens, Meta, map_file
 from sky_core.data.shards import ShardTokens
@@ -63,7 +65,6 @@ class TokenFiles(Dataset):
         self.meta.verify(folder, content=verify)
         self.tokenizer = load_tokenizer(folder / "tokenizer")
         self.meta.tokenizer.require(self.tokenizer, folder)
-        self._seed = seed
         self._mask = documents == "mask"
         self._options = [sequence_length, seed, documents, packing]
         self._splits = {name: _Split(folder, name, self.meta) for name in self.meta.splits}
@@ -75,6 +76,7 @@ class TokenFiles(Dataset):
             )
         self._plan = best_fit(self._train.ends_D, sequence_length) if packing == "best_fit" else None
         self._shuffle = Shuffle(len(self), seed)
+        self._phase = lru_cache(maxsize=8)(lambda epoch: draw(len(self._train), seed, epoch))
 
     @property
     def fingerprint(self) -> str:
@@ -88,8 +90,7 @@ class TokenFiles(Dataset):
         epochs_B, items_B = self._shuffle(start, count)
         if self._plan:
             return self._packed(items_B)
-        phases = {epoch: draw(len(self._train), self._seed, epoch) for epoch in np.unique(epochs_B).tolist()}
-        phases_B = np.array([phases[epoch] for epoch in epochs_B.tolist()], dtype=np.int64)
+        phases_B = np.array([self._phase(epoch) for epoch in epochs_B.tolist()], dtype=np.int64)
         return self._windows(self._train, (phases_B + items_B * self.sequence_length) % len(self._train))
 
     def validation(self, batch_size: int) -> Iterator[Batch]:
@@ -116,68 +117,72 @@ class TokenFiles(Dataset):
         tokens_BT, targets_BT = window_BL[:, :-1].astype(np.int64), window_BL[:, 1:].astype(np.int64)
         if not self._mask:
             return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(targets_BT))
-        first_BL = split.first_tokens(starts_B, self.sequence_length + 1)
-        targets_BT[first_BL[:, 1:]] = IGNORE
-        return _masked(tokens_BT, targets_BT, first_BL[:, :-1])
+        row_F, at_F = split.first_tokens(starts_B, self.sequence_length + 1)
+        targets_BT[row_F, at_F - 1] = IGNORE
+        return _masked(tokens_BT, targets_BT, row_F, at_F)
 
     def _packed(self, rows_B: np.ndarray) -> Batch:
         assert self._plan is not None, "rows are packed by a plan"
-        tokens_BT = np.zeros((len(rows_B), self.sequence_length), dtype=np.int64)
+        plan, row = self._plan, self.sequence_length
+        pieces_B = plan.first_R[rows_B + 1] - plan.first_R[rows_B]
+        piece_P = ranges(plan.first_R[rows_B], pieces_B)
+        row_P = np.repeat(np.arange(len(rows_B)), pieces_B)
+        start_P, length_P = plan.start_P[piece_P], plan.length_P[piece_P]
+        follow_P = length_P - plan.ends_P[piece_P]
+        filled_B = np.bincount(row_P, length_P, len(rows_B)).astype(np.int64)
+        at_P = np.cumsum(length_P) - length_P - (np.cumsum(filled_B) - filled_B)[row_P]
+
+        tokens_BT = np.zeros((len(rows_B), row), dtype=np.int64)
         targets_BT = np.full_like(tokens_BT, IGNORE)
-        first_BT = np.zeros(tokens_BT.shape, dtype=bool)
-        for b, row in enumerate(rows_B.tolist()):
-            at = 0
-            for piece in range(self._plan.first_R[row], self._plan.first_R[row + 1]):
-                start, length = int(self._plan.start_P[piece]), int(self._plan.length_P[piece])
-                follow = length - int(self._plan.ends_P[piece])
-                piece_L = self._train.tokens.read(start, start + follow + 1)
-                tokens_BT[b, at : at + length] = piece_L[:length]
-                targets_BT[b, at : at + follow] = piece_L[1:]
-                first_BT[b, at] = True
-                at += length
-            first_BT[b, at : at + 1] = True
-        if self._mask:
-            return _masked(tokens_BT, targets_BT, first_BT)
-        return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(targets_BT))
+        tokens_N, targets_N = tokens_BT.ravel(), targets_BT.ravel()
+        pieces = (start_P, length_P, follow_P, row_P * row + at_P)
+        for start, length, follow, to in zip(*(piece.tolist() for piece in pieces), strict=True):
+            piece_L = self._train.tokens.read(start, start + follow + 1)
+            tokens_N[to : to + length] = piece_L[:length]
+            targets_N[to : to + follow] = piece_L[1:]
+        if not self._mask:
+            return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(targets_BT))
+        row_F = np.concatenate([row_P, np.arange(len(rows_B))])  # padding counts as a document
+        return _masked(tokens_BT, targets_BT, row_F, np.concatenate([at_P, filled_B]))
 
 
 class _Split:
-    """The tokens of a split and where its documents end."""
+    """The tokens of a split and where its documents end. It is a ring."""
 
     def __init__(self, folder: Path, name: str, meta: Meta) -> None:
         split = meta.splits[name]
         self.tokens = (FlatTokens if meta.format == "tokens" else ShardTokens)(folder, split, meta.dtype)
-        self.ends_D = map_file(folder / split.index.name, "uint64")
+        # Signed as the places that are looked up in it: searchsorted would otherwise convert all of it, every time.
+        self.ends_D = map_file(folder / split.index.name, "uint64").view(np.int64)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def first_tokens(self, starts_B: np.ndarray, length: int) -> np.ndarray:
-        """Where the windows hold the first token of a document: booleans (B, length). The split is a ring."""
-        first_BL = np.zeros((len(starts_B), length), dtype=bool)
-        low_B = np.searchsorted(self.ends_D, starts_B.astype(np.uint64))
-        high_B = np.searchsorted(self.ends_D, (starts_B + length).astype(np.uint64))
-        for b in np.flatnonzero(high_B > low_B).tolist():
-            first_BL[b, self.ends_D[low_B[b] : high_B[b]].astype(np.int64) - starts_B[b]] = True
-        for b in np.flatnonzero(starts_B + length > len(self)).tolist():
-            wrapped = np.uint64(starts_B[b] + length - len(self))
-            around = self.ends_D[: np.searchsorted(self.ends_D, wrapped)].astype(np.int64)
-            first_BL[b, around + len(self) - starts_B[b]] = True
-        return first_BL
+    def first_tokens(self, starts_B: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(window, place in it) of every first token of a document that is not the window's own first token."""
+        before_B = self._ends_up_to(starts_B)
+        ends_B = self._ends_up_to(starts_B + length - 1) - before_B
+        row_F = np.repeat(np.arange(len(starts_B)), ends_B)
+        turn_F, d_F = np.divmod(ranges(before_B, ends_B), len(self.ends_D))
+        return row_F, self.ends_D[d_F] + turn_F * len(self) - starts_B[row_F]
+
+    def _ends_up_to(self, places_B: np.ndarray) -> np.ndarray:
+        """How many documents have ended at or before each place, counting on where the ring begins again."""
+        turn_B, within_B = np.divmod(places_B, len(self))
+        return turn_B * len(self.ends_D) + np.searchsorted(self.ends_D, within_B, side="right")
 
 
-def _masked(tokens_BT: np.ndarray, targets_BT: np.ndarray, first_BT: np.ndarray) -> Batch:
-    """A batch with documents counted from 0 in each row and positions that restart at each document."""
-    t_T = np.arange(tokens_BT.shape[1])
-    rows_N, at_N = np.nonzero(first_BT)
-    before_N = np.where(np.diff(rows_N, prepend=-1) == 0, np.roll(at_N, 1), 0)
-    begins_BT = np.zeros_like(tokens_BT)
-    begins_BT[rows_N, at_N] = at_N - before_N
-    positions_BT = t_T - np.cumsum(begins_BT, axis=1)
-    documents_BT = np.cumsum(first_BT, axis=1) - first_BT[:, :1]
-    return Batch(
-        torch.from_numpy(tokens_BT),
-        torch.from_numpy(targets_BT),
-        torch.from_numpy(documents_BT),
-        torch.from_numpy(positions_BT),
-    )
+def _masked(tokens_BT: np.ndarray, targets_BT: np.ndarray, row_F: np.ndarray, at_F: np.ndarray) -> Batch:
+    """A batch with documents counted from 0 in each row and positions that restart at each document.
+
+    Documents begin at place `at_F` of row `row_F`, where that lies within the row; each row's first place begins one.
+    """
+    rows, length = tokens_BT.shape
+    inside_F = (at_F > 0) & (at_F < length)
+    begin_S = np.concatenate([np.arange(rows) * length, (row_F * length + at_F)[inside_F]])
+    begin_S.sort()
+    length_S = np.diff(begin_S, append=rows * length)
+    number_S = np.arange(len(begin_S)) - np.searchsorted(begin_S, begin_S // length * length)
+    documents_BT = np.repeat(number_S, length_S).reshape(rows, length)
+    positions_BT = (np.arange(rows * length) - np.repeat(begin_S, length_S)).reshape(rows, length)
+    return Batch(*map(torch.from_numpy, (tokens_BT, targets_BT, documents_BT, positions_BT)))
