@@ -12,9 +12,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from sky_core.compilation import CACHE, Compilation, keep_compiled_code
 from sky_core.model.language_model import LanguageModel
 from sky_core.testing.workbench import assert_close, tiny_model
-from sky_core.training.compilation import CACHE, Compilation, keep_compiled_code
 
 # Dynamo looks at `.grad` of what enters a layer, which is no leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -13,6 +13,13 @@ from typing import Any
 from sky_core.errors import SkyError
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` in the user's cache, made if need be: what it holds can be made again."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sky" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one step; a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

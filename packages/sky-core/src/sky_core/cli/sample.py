@@ -68,7 +68,6 @@ def sample(
     from sky_core.generation.drafts import make_draft
     from sky_core.generation.text import encode_prompts, make_sampler
     from sky_core.quantization import quantize_
-    from sky_core.training.compilation import keep_compiled_code
 
     sampler = make_sampler(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -86,7 +85,6 @@ def sample(
     if quantize is not None:
         quantize_(model, quantize)
     if compiled:
-        keep_compiled_code()
         model.compile_decoding()
     ids = encode_prompts(tokenizer, texts)
     options: dict[str, Any] = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}

@@ -148,7 +148,7 @@ class LocalEngine(Engine):
         self.compile = compile
         log.info("engine local on %s", self.device)
         if compile:
-            from sky_core.training.compilation import keep_compiled_code
+            from sky_core.compilation import keep_compiled_code
 
             log.info("layers are compiled at their first step; compiled code is kept in %s", keep_compiled_code())
 

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sky_core.compilation import Compilation
 from sky_core.files import append_json_line, write_atomic
 from sky_core.generation.text import generate
 from sky_core.run_directory import utc_now
-from sky_core.training.compilation import Compilation
 from sky_core.training.flops import measure_peak_flops, mfu
 from sky_core.training.metrics import (
     MetricsLog,

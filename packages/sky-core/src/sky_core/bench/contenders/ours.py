@@ -19,7 +19,6 @@ from sky_core.data.dataset import Batch
 from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
 from sky_core.quantization import FORMATS, QuantizedLinear, quantize_
-from sky_core.training.compilation import keep_compiled_code
 from sky_core.training.engine import LocalEngine, Step
 from sky_core.training.objective import NextToken
 
@@ -62,7 +61,6 @@ class Ours(Contender):
             quantize_(self.model, precision)
         cast(self.model, "bf16" if precision in FORMATS else precision)
         if compile:
-            keep_compiled_code()
             self.model.compile_decoding()
         self.tokenizer = id_tokenizer(self.model.vocab_size)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import NamedTuple
+
+from sky_core.files import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -21,8 +22,7 @@ def keep_compiled_code() -> str:
 
     # Inductor writes its own default into the variable the first time that it looks for its folder.
     if os.environ.get(CACHE) in (None, default_cache_dir()):
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        os.environ[CACHE] = str(Path(home) / "sky" / "inductor")
+        os.environ[CACHE] = str(cache_folder("inductor"))
     return os.environ[CACHE]
 
 
