@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sky_core.training.adamw import AdamW
+from sky_core.training.adamw import AdamW, FusedAdamW
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.2}
 SHAPES = [(7, 5), (5,), (3, 4, 2), ()]
@@ -70,3 +70,28 @@ def test_a_parameter_without_gradient_waits_and_keeps_its_own_count() -> None:
     # A first update is a signed step of lr whatever the gradient's size; the decay comes on top.
     expected = before * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"]) - OPTIONS["lr"]
     torch.testing.assert_close(waiting.detach(), expected)
+
+
+def test_the_fused_kernel_without_the_compilers_wrappers_is_torchs_bit_for_bit() -> None:
+    ours, theirs = parameters(), parameters()
+    mine, other = FusedAdamW(ours, **OPTIONS, fused=True), torch.optim.AdamW(theirs, **OPTIONS, fused=True)
+    run(mine, ours, 20)
+    run(other, theirs, 20)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert mine.state[a].keys() == other.state[b].keys()
+        assert all(torch.equal(mine.state[a][key], other.state[b][key]) for key in mine.state[a])
+    mine.zero_grad()
+    assert all(parameter.grad is None for parameter in ours)
+
+
+def test_steps_are_announced_to_hooks_and_need_no_gradients_of_their_own() -> None:
+    own = parameters()
+    optimizer = FusedAdamW([{"params": own[:1]}, {"params": own[1:], "lr": 1.0}], **OPTIONS, fused=True)
+    assert [group["lr"] for group in optimizer.param_groups] == [OPTIONS["lr"], 1.0]
+    announced: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: announced.append("before"))
+    optimizer.register_step_post_hook(lambda *_: announced.append("after"))
+    run(optimizer, own, 2)
+    assert announced == ["before", "after"] * 2
+    assert all(parameter.is_leaf and parameter.grad_fn is None for parameter in own)

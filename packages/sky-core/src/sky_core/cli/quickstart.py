@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sky_core.cli.quiet import quiet
+from sky_core.cli.uncollected import uncollected
 
 if TYPE_CHECKING:
     from sky_core.config import Run
@@ -43,7 +44,8 @@ def quickstart(overrides: tuple[str, ...]) -> None:
     How fast this machine is decides how many steps fit two minutes. OVERRIDES change the run:
     sky quickstart train.steps=100 model.n_layer=2.
     """
-    from sky_core import api
+    with uncollected():
+        from sky_core import api
     from sky_core.cli.eval import measure, print_evaluation
     from sky_core.cli.train import finish
     from sky_core.config import read_run

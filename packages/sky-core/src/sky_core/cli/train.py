@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sky_core.cli.uncollected import uncollected
+
 if TYPE_CHECKING:
     from sky_core.training.trainer import Result
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(run_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Train RUN_FILE in a new run directory. OVERRIDES are dotted: model.n_layer=6 optimizer.lr=3e-3."""
-    from sky_core import api
+    with uncollected():
+        from sky_core import api
 
     finish(api.train(run_file, overrides), as_json=as_json)
 
@@ -33,7 +36,8 @@ def resume(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     OVERRIDES change the run file: train.steps=4000 for a longer run.
     """
-    from sky_core import api
+    with uncollected():
+        from sky_core import api
 
     finish(api.resume(run, overrides), as_json=as_json)
 

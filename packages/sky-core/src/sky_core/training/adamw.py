@@ -14,12 +14,13 @@ which computes the same numbers up to rounding and is several times faster becau
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any, Literal
 
 import torch
 
-from sky_core.training.foreach import ForeachOptimizer
+from sky_core.training.foreach import EagerOptimizer, ForeachOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ class AdamW(ForeachOptimizer):
         torch._foreach_addcdiv_(parameters, m, denominators, [-lr / (1 - beta1**t) for t in counts])
 
 
+class FusedAdamW(EagerOptimizer, torch.optim.AdamW):
+    """torch's AdamW, for its one-pass kernel (`fused=True`). State as above."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def build_adamw(
     groups: list[dict[str, Any]],
     *,
@@ -82,5 +89,5 @@ def build_adamw(
         )
     log.info("AdamW: %s", "torch's fused kernel" if fused else "written out (not fused)")
     if fused:
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        return FusedAdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     return AdamW(groups, lr=lr, betas=betas, eps=eps)

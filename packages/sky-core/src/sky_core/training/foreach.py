@@ -1,13 +1,25 @@
-"""What our optimizers share: the parameters of a group are updated together, in batched tensor operations."""
+"""What our optimizers share: they start without torch's compiler, and update the parameters of a group together."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 
-class ForeachOptimizer(torch.optim.Optimizer):
+class EagerOptimizer(torch.optim.Optimizer):
+    """An optimizer that is never compiled.
+
+    torch wraps methods of its optimizers for those that are, and the wrappers import its compiler when they are first
+    called, which takes most of the time that torch itself takes. Here the methods are what is inside the wrappers.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class ForeachOptimizer(EagerOptimizer):
     """An optimizer whose step is one `update` for each group of parameters."""
 
     @torch.no_grad()

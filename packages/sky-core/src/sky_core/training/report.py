@@ -46,7 +46,7 @@ class Report:
         self.tokens = 0
         self.seconds = 0.0
         self.meter = Throughput(trainer.fit.steps)
-        self._warm = False
+        self.peak_flops: float | None = None
         self._waited = 0.0
         self._compiled = Compilation()
         self._last: dict[str, float] = {}
@@ -79,10 +79,9 @@ class Report:
         size = trainer.model.n_parameters()
         length = trainer.dataset.sequence_length
         self.flops_per_token = trainer.model.flops_per_token(length)
-        self.peak_flops = measure_peak_flops(trainer.engine.device, trainer.engine.precision)
         log.info(
-            "%s parameters (%s in the body), %s of training data a step, matrix product at %.0f GFLOP/s",
-            f"{size['total']:,}", f"{size['body']:,}", f"{trainer.fit.batch_tokens:,} tokens", self.peak_flops / 1e9,
+            "%s parameters (%s in the body), %s of training data a step",
+            f"{size['total']:,}", f"{size['body']:,}", f"{trainer.fit.batch_tokens:,} tokens",
         )  # fmt: skip
         log.info("run %s", self.folder)
         trainer.directory.update(
@@ -103,8 +102,9 @@ class Report:
         self.meter.exclude(self._compilation(step))
         if not step % self.every or step in (1, self.trainer.fit.steps):
             self._log(step, metrics)
-        if not self._warm:  # the first step of a process is slow: it is in no average
-            self._warm = True
+        if self.peak_flops is None:  # the first step of a process is slow: it is in no average, nor waits for this
+            self.peak_flops = measure_peak_flops(self.trainer.engine.device, self.trainer.engine.precision)
+            log.info("matrix product at %.0f GFLOP/s", self.peak_flops / 1e9)
             self.meter = Throughput(self.trainer.fit.steps, step)
 
     def _compilation(self, step: int) -> float:
@@ -119,7 +119,8 @@ class Report:
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         values = host_scalars(metrics)
         values |= self.meter.read(step)
-        values["mfu"] = mfu(values["tokens_per_second"], self.flops_per_token, self.peak_flops)
+        if self.peak_flops is not None:
+            values["mfu"] = mfu(values["tokens_per_second"], self.flops_per_token, self.peak_flops)
         for writer in self.writers:
             writer.log(step, values)
         self._last = values
