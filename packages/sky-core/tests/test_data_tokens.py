@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sky_core.components.tokenizer import Byte
@@ -231,6 +231,7 @@ def test_masked_documents_and_positions_restart_after_each_end_of_text(folder: P
 
 
 @settings(max_examples=25, deadline=None)
+@example(lengths=[1, 1, 1], sequence_length=30, starts=[], format="tokens")
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=3, max_size=12),
     sequence_length=st.integers(1, 30),

@@ -218,7 +218,7 @@ class FlatTokens:
 
     def gather(self, starts_B: np.ndarray, length: int) -> np.ndarray:
         """`length` tokens from each start, (B, length); after the last token of the split comes the first."""
-        if (starts_B + length > len(self)).any():
+        if starts_B.max(initial=0) + length > len(self):
             return self._tokens_N[(starts_B[:, None] + np.arange(length)) % len(self)]
         step = self._tokens_N.itemsize
         shape = len(self) - length + 1, length
