@@ -282,7 +282,9 @@ class DecoderLM(LanguageModel):
             return cross_entropy_of_head(self.logits, self.vocab_size, hidden_BTD, targets_BT)
         weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         cap = self.config.logit_softcap
-        return linear_cross_entropy(self._scaled(hidden_BTD), weight_VD, targets_BT, softcap=cap)
+        return linear_cross_entropy(
+            self._scaled(hidden_BTD), weight_VD, targets_BT, softcap=cap, compiled=self._compiled
+        )
 
     def _scaled(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """What the head reads: muP divides the logits by the width ratio."""

@@ -1,7 +1,8 @@
 """Attention kernels: softmax(scale QKᵀ)V under a declarative mask (Vaswani et al. 2017, section 3.2.1, equation 1).
 
     naive   the equation as it stands: holds the weights, runs anywhere, the one to read and to differentiate by hand
-    sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash)
+    sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash); on a CPU, once
+            `sky_core.native` is loaded, its flash attention takes the place of torch's where it can
     auto    sdpa, and naive where sdpa has no way (scores with a soft cap)
 
 Relative to the paper: H query heads may share G key/value heads (Ainslie et al. 2023, grouped queries; head h reads
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from sky_core import native
 from sky_core.errors import UserError
 from sky_core.model.mask import Mask
 
@@ -91,6 +93,9 @@ def sdpa(
     """y_BHTF by torch's fused attention. Raises `UserError` for a `softcap`, which that has no way to apply."""
     if softcap is not None:
         raise UserError("kernel sdpa cannot cap scores (softcap): use kernel: naive or auto")
+    if _native(q_BHTE, k_BGSE, v_BGSF, mask, dropout):
+        y_BHTF: torch.Tensor = torch.ops.sky.flash(q_BHTE, k_BGSE, v_BGSF, scale, mask.causal)[0]
+        return y_BHTF
     if _better_in_fp32(q_BHTE):
         q, k, v = q_BHTE.float(), k_BGSE.float(), v_BGSF.float()
         with torch.autocast("cpu", enabled=False):
@@ -115,6 +120,15 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q_BHTE, k_BGSE, v_BGSF, bias, dropout, is_causal, scale=scale, enable_gqa=groups < heads
     )
+
+
+def _native(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, dropout: float) -> bool:
+    """Whether this is what the flash attention of `sky_core.native` computes: whole sequences in bf16 on a CPU."""
+    if not native.has_flash or q_BHTE.device.type != "cpu" or dropout:
+        return False
+    tensors = (q_BHTE, k_BGSE, v_BGSF)
+    fits = all(x.dtype == torch.bfloat16 and x.shape[3] % native.FLASH_STEP == 0 and x.stride(3) == 1 for x in tensors)
+    return fits and 1 < q_BHTE.shape[2] == k_BGSE.shape[2] and (mask.is_plain_causal or mask.sees_everything)
 
 
 def _better_in_fp32(q_BHTE: torch.Tensor) -> bool:

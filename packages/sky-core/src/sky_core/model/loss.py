@@ -16,6 +16,7 @@ N tokens, D model width, V vocabulary, C tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,18 +38,20 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Summed negative log-likelihood (nats, an fp32 scalar) of `targets` (...) under softmax(cap(W h)), h from `hidden`
     (..., D); targets equal to IGNORE are left out. `softcap` c bounds the logits: cap(z) = c tanh(z / c).
 
     Under autocast the products run in its dtype, as those of a linear layer would; softmax and sums in fp32.
+    `compiled` fuses what lies between the products into three passes over a chunk's logits (`torch.compile`).
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     rows = _chunk_rows(len(weight_VD), chunk_bytes)
     gradients = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight_VD, targets.flatten(), softcap, rows, dtype, gradients
+        hidden.flatten(0, -2), weight_VD, targets.flatten(), softcap, rows, dtype, gradients, compiled
     )
     return loss
 
@@ -75,6 +78,35 @@ def _chunk_rows(vocab_size: int, chunk_bytes: int) -> int:
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
+def _chunk(
+    z_CV: torch.Tensor, y_C: torch.Tensor, softcap: float | None, wide: torch.dtype, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summed loss of a chunk and, where wanted, dloss/dz_CV in the dtype of z."""
+    dtype, ignored_C1 = z_CV.dtype, (y_C == IGNORE)[:, None]
+    y_C1 = y_C[:, None].masked_fill(ignored_C1, 0)
+    if softcap is not None:
+        tanh_CV = (z_CV.to(wide) / softcap).tanh_()
+        z_CV = tanh_CV * softcap
+    logp_CV = F.log_softmax(z_CV, dim=-1, dtype=wide)
+    loss = -logp_CV.gather(1, y_C1).masked_fill(ignored_C1, 0.0).sum()
+    if not gradient:
+        return loss, None
+    if torch.compiler.is_compiling():  # a comparison fuses where a scatter does not
+        ids_V = torch.arange(z_CV.shape[1], device=z_CV.device)
+        dz_CV = logp_CV.exp() - (ids_V == y_C1).to(wide)
+    else:
+        dz_CV = logp_CV.exp_()
+        dz_CV.scatter_add_(1, y_C1, torch.full_like(y_C1, -1, dtype=wide))
+    if softcap is not None:
+        dz_CV = dz_CV.mul_(1 - tanh_CV.square())
+    return loss, dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
+
+
+@functools.cache
+def _compiled_chunk() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return torch.compile(_chunk, dynamic=True)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,6 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
         gradients: bool,
+        compiled: bool,
     ) -> torch.Tensor:
         wants_hidden = gradients and ctx.needs_input_grad[0]
         wants_weight = gradients and ctx.needs_input_grad[1]
@@ -94,23 +127,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         dw_VD = None
         total = hidden_ND.new_zeros((), dtype=wide)
+        wanted = wants_hidden or wants_weight
+        chunk = _compiled_chunk() if compiled and wanted else _chunk
         for start in range(0, max(1, len(h_ND)), rows):  # an empty batch is one empty chunk
-            h_CD, y_C = h_ND[start : start + rows], targets_N[start : start + rows]
-            ignored_C1 = (y_C == IGNORE)[:, None]
-            y_C1 = y_C[:, None].masked_fill(ignored_C1, 0)
-            z_CV = h_CD @ w_VD.T
-            if softcap is not None:
-                tanh_CV = (z_CV.to(wide) / softcap).tanh_()
-                z_CV = tanh_CV * softcap
-            logp_CV = F.log_softmax(z_CV, dim=-1, dtype=wide)
-            total -= logp_CV.gather(1, y_C1).masked_fill_(ignored_C1, 0.0).sum()
-            if not (wants_hidden or wants_weight):
+            h_CD = h_ND[start : start + rows]
+            loss, dz_CV = chunk(h_CD @ w_VD.T, targets_N[start : start + rows], softcap, wide, wanted)
+            total += loss
+            if dz_CV is None:
                 continue
-            dz_CV = logp_CV.exp_()
-            dz_CV.scatter_add_(1, y_C1, torch.full_like(y_C1, -1, dtype=dz_CV.dtype))
-            if softcap is not None:
-                dz_CV.mul_(1 - tanh_CV.square())
-            dz_CV = dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
             if dh_ND is not None:
                 dh_ND[start : start + rows] = dz_CV @ w_VD
             if wants_weight:
@@ -123,4 +147,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dh_ND, dw_VD = (None if gradient is None else gradient * factor for gradient in ctx.gradients)
-        return dh_ND, dw_VD, None, None, None, None, None
+        return dh_ND, dw_VD, None, None, None, None, None, None

@@ -65,9 +65,17 @@ class Mask:
     @property
     def is_plain_causal(self) -> bool:
         """True when nothing but `causal` applies."""
+        return self.causal and self._has_no_other_rule
+
+    @property
+    def sees_everything(self) -> bool:
+        """True when no rule applies."""
+        return not self.causal and self._has_no_other_rule
+
+    @property
+    def _has_no_other_rule(self) -> bool:
         return (
-            self.causal
-            and self.window is None
+            self.window is None
             and self.prefix_B is None
             and self.documents_BS is None
             and self.slots_BT is None

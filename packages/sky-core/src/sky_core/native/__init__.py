@@ -1,62 +1,68 @@
-"""Operators in C++ where torch has none of the speed that the machine allows, compiled at their first use.
+"""Operators in C++ where torch has none of the speed that a CPU allows, compiled at their first use.
 
-A step of decoding is made of two things, each a pass over memory with next to no arithmetic:
+    y_MN   = torch.ops.sky.few_rows(x_MK, w_NK, scales_N=None)                     few_rows.cpp
+    y_BGRF = torch.ops.sky.few_queries(q_BGRE, k_BGSE, v_BGSF, bias, scale)        few_queries.cpp
+    y_BHTF, logsum_BHT = torch.ops.sky.flash(q_BHTE, k_BGTE, v_BGTF, scale, causal)      flash.cpp
 
-    y_MN   = torch.ops.sky.few_rows(x_MK, w_NK, scales_N=None)                     1 to 8 rows with a matrix
-    y_BGRF = torch.ops.sky.few_queries(q_BGRE, k_BGSE, v_BGSF, bias, scale)        attention of one new token a row
+The first two are what a step of decoding is made of, passes over memory with next to no arithmetic: 1 to 8 rows with a
+matrix of fp32, bf16 or int8 (`scales` multiply its output features), and attention of one new token of each row under
+a bias that expands to (B, G, R, S). They compute in fp32, take and give fp32 or bf16, and have no gradients. The third
+is attention of whole sequences in bf16, with gradients, on CPUs that multiply bf16 (AVX512_BF16).
 
-x, q, k and v are fp32 or bf16, w also int8 (`scales` multiply its output features), the bias expands to (B, G, R, S);
-sums are fp32, y has the dtype of x or q. There are no gradients. `load()` compiles them with the machine's C++ compiler
-(`torch.compile` needs one as well), keeps them in the user's cache, and registers them.
+`load()` compiles them with the machine's C++ compiler (`torch.compile` needs one as well), keeps them in the user's
+cache, and registers them. It is called where compiling was asked for: by `compile: true` and compiled decoding.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import shutil
 import subprocess
-import time
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
-from sky_core.files import cache_folder
+from sky_core.native.build import library, multiplies_bf16
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent
 MOST_ROWS = 8
 """Rows that `few_rows` takes."""
 STEP = 32
 """`few_queries` takes heads whose width is a multiple of this."""
+FLASH_STEP = 16
+"""`flash` takes heads whose width is a multiple of this."""
 
-VECTORS = {
-    "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c",
-    "AVX2": "-mavx2 -mfma -mf16c",
-}
-"""What `torch.backends.cpu.get_cpu_capability` says -> flags of GCC and Clang; another machine takes their defaults."""
+has_flash = False
+"""Whether `torch.ops.sky.flash` is there."""
 
 
 @cache
 def load() -> bool:
     """Register the operators; false, and one warning, where they cannot be compiled."""
+    global has_flash
     try:
-        torch.ops.load_library(str(_compiled()))
+        torch.ops.load_library(str(library()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning("native operators: none, torch's take their place: %s", reason.strip().splitlines()[0])
         return False
     torch.library.register_fake("sky::few_rows", _few_rows)
     torch.library.register_fake("sky::few_queries", _few_queries)
+    if multiplies_bf16():
+        torch.library.register_fake("sky::flash", _flash)
+        torch.library.register_fake("sky::flash_backward", _flash_backward)
+        torch.library.register_autograd("sky::flash", _differentiate, setup_context=_keep)
+        has_flash = True
+    said = "bf16 attention of whole sequences too" if has_flash else "for decoding (this CPU does not multiply bf16)"
+    log.info("native operators: %s", said)
     return True
 
 
+# What the compiler must know of results.
+
+
 def _few_rows(x_MK: torch.Tensor, w_NK: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    """What the compiler must know of the result."""
     return x_MK.new_empty(len(x_MK), len(w_NK))
 
 
@@ -64,27 +70,24 @@ def _few_queries(q_BGRE: torch.Tensor, _k: object, v_BGSF: torch.Tensor, *_: obj
     return q_BGRE.new_empty(*q_BGRE.shape[:3], v_BGSF.shape[3])
 
 
-def _compiled() -> Path:
-    """The library, compiled unless the cache holds it. Raises `OSError` or `subprocess.CalledProcessError`."""
-    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) is on the PATH")
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", *VECTORS.get(capability, "").split()]
-    if capability in VECTORS:
-        flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    libraries = [flag for folder in cpp_extension.library_paths() for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
-    sources = sorted(map(str, FOLDER.glob("*.cpp")))
-    command = [compiler, *flags, *sources, *libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
-    texts = [path.read_text(encoding="utf-8") for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")))]
-    key = hashlib.sha256("\0".join([torch.__version__, *command, *texts]).encode())
-    path = cache_folder("native") / f"sky-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        log.info("native operators: compiling %d files", len(sources))
-        start = time.perf_counter()
-        temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
-        temporary.replace(path)
-        log.info("native operators: compiled in %.0f s, kept in %s", time.perf_counter() - start, path.parent)
-    return path
+def _flash(q_BHTE: torch.Tensor, _k: object, v_BGTF: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    y_BHTF = q_BHTE.new_empty(*q_BHTE.shape[:3], v_BGTF.shape[3])
+    return y_BHTF, q_BHTE.new_empty(q_BHTE.shape[:3], dtype=torch.float32)
+
+
+def _flash_backward(_dy: object, *tensors: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:3])
+
+
+# The gradient of `flash`.
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *qkv, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(*qkv, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = torch.ops.sky.flash_backward(dy, *ctx.saved_tensors, ctx.scale, ctx.causal)
+    return dq, dk, dv, None, None

@@ -1,0 +1,62 @@
+"""Compile the C++ of this folder into one library, once for each machine and version of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from sky_core.files import cache_folder
+
+log = logging.getLogger("sky_core.native")
+
+FOLDER = Path(__file__).parent
+
+VECTORS = {
+    "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mavx2 -mfma -mf16c",
+    "AVX2": "-mavx2 -mfma -mf16c",
+}
+"""What `torch.backends.cpu.get_cpu_capability` says -> flags of GCC and Clang; another machine takes their defaults."""
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies pairs of bf16 (AVX512_BF16)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(supported())
+
+
+def library() -> Path:
+    """The library, compiled unless the cache holds it. Raises `OSError` or `subprocess.CalledProcessError`."""
+    from torch.utils import cpp_extension
+
+    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler (c++, g++ or clang++) is on the PATH")
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = ["-std=c++20", "-O3", "-fopenmp", "-fPIC", *VECTORS.get(capability, "").split()]
+    if capability in VECTORS:
+        flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    if multiplies_bf16():
+        flags.append("-mavx512bf16")
+    flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    links = [flag for folder in cpp_extension.library_paths() for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
+    links += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = sorted(FOLDER.glob("*.cpp"))
+    texts = [path.read_text(encoding="utf-8") for path in [*sources, *sorted(FOLDER.glob("*.h"))]]
+    key = hashlib.sha256("\0".join([torch.__version__, compiler, *flags, *texts]).encode()).hexdigest()[:16]
+    path = cache_folder("native") / f"sky-{key}.so"
+    if not path.exists():
+        log.info("native operators: compiling %d files", len(sources))
+        start = time.perf_counter()
+        temporary = path.with_suffix(f".{os.getpid()}")
+        command = [compiler, *flags, "-shared", *map(str, sources), *links, "-o", str(temporary)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        temporary.replace(path)
+        log.info("native operators: compiled in %.0f s, kept in %s", time.perf_counter() - start, path.parent)
+    return path
