@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 NUMBERS = (torch.float32, torch.bfloat16)
 """What the native operators compute with."""
 
+INT8_ROWS = 2
+"""Most rows for which `few_rows` beats torch's kernel for int8: 1.5 times its speed with one, 1.4 with two, 0.9 with four."""
+
 SLOTS = 256
 """Slots of the cache that a graph sees grow by this many."""
 
@@ -96,7 +99,7 @@ class _FewRows(TorchFunctionMode):
             y_MN = torch.ops.sky.few_rows(x.flatten(0, -2), weight_NK)
             y = y_MN.view(*x.shape[:-1], len(weight_NK))
             return y + bias[0] if bias and bias[0] is not None else y
-        if func is torch._weight_int8pack_mm:
+        if func is torch._weight_int8pack_mm and len(args[0]) <= INT8_ROWS:
             return torch.ops.sky.few_rows(*args)
         if func is F.scaled_dot_product_attention and _reads_a_cache(*args, **kwargs):
             return torch.ops.sky.few_queries(*args[:4], kwargs["scale"])

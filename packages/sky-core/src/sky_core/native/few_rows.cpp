@@ -50,8 +50,33 @@ inline int64_t dot(const Weight* w_K, const float* x_MK, int64_t K, Floats* sums
   return k;
 }
 
-template <int M, class Weight, class Number>
-void product(const Weight* w_NK, const float* x_MK, const float* scales_N, int64_t N, int64_t K, Number* y_MN) {
+#ifdef __AVX512BF16__
+// The same of bf16 with bf16: two neighbours at a time, their exact products summed in fp32.
+template <int M>
+inline int64_t dot(const at::BFloat16* w_K, const at::BFloat16* x_MK, int64_t K, Floats* sums_M) {
+  constexpr int SUMS = M < 3 ? 4 / M : 1;
+  const auto pairs = [](const at::BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); };
+  __m512 sums[M][SUMS];
+  for (auto& row : sums) std::fill(std::begin(row), std::end(row), _mm512_setzero_ps());
+  int64_t k = 0;
+  for (; k + 2 * LANES * SUMS <= K; k += 2 * LANES * SUMS) {
+#pragma GCC unroll 4
+    for (int s = 0; s < SUMS; s++) {
+      const __m512bh w = pairs(w_K + k + 2 * LANES * s);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sums[m][s] = _mm512_dpbf16_ps(sums[m][s], w, pairs(x_MK + m * K + k + 2 * LANES * s));
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    sums_M[m] = sums[m][0];
+    for (int s = 1; s < SUMS; s++) sums_M[m] = sums_M[m] + Floats(sums[m][s]);
+  }
+  return k;
+}
+#endif
+
+template <int M, class Weight, class Input, class Number>
+void product(const Weight* w_NK, const Input* x_MK, const float* scales_N, int64_t N, int64_t K, Number* y_MN) {
   constexpr int ROWS = std::max(1, LANES / M);  // of w, whose sums across lanes are taken together
   constexpr int VECTORS = (ROWS * M + LANES - 1) / LANES * LANES;
   const int64_t tiles = (N + ROWS - 1) / ROWS;
@@ -67,15 +92,15 @@ void product(const Weight* w_NK, const float* x_MK, const float* scales_N, int64
       for (int r = 0; r < rows; r++)
         for (int m = 0; m < M; m++) {
           float sum = y[r * M + m];
-          for (int64_t rest = k; rest < K; rest++) sum += float(w_NK[(n + r) * K + rest]) * x_MK[m * K + rest];
+          for (int64_t rest = k; rest < K; rest++) sum += float(w_NK[(n + r) * K + rest]) * float(x_MK[m * K + rest]);
           y_MN[m * N + n + r] = scales_N ? sum * scales_N[n + r] : sum;
         }
     }
   });
 }
 
-template <int M, class Weight, class Number>
-void of_rows(int64_t rows, const Weight* w, const float* x, const float* scales, int64_t N, int64_t K, Number* y) {
+template <int M, class Weight, class Input, class Number>
+void of_rows(int64_t rows, const Weight* w, const Input* x, const float* scales, int64_t N, int64_t K, Number* y) {
   if (rows == M) return product<M>(w, x, scales, N, K, y);
   if constexpr (M < MOST_ROWS) of_rows<M + 1>(rows, w, x, scales, N, K, y);
 }
@@ -97,10 +122,18 @@ at::Tensor few_rows(const at::Tensor& x, const at::Tensor& w, const std::optiona
   TORCH_CHECK(M >= 1 && M <= MOST_ROWS, "x has ", M, " rows, not 1 to ", MOST_ROWS);
   TORCH_CHECK(w.size(1) == K && w.is_contiguous(), "w is not contiguous, or not of ", K, " input features");
   TORCH_CHECK(!scales || scales->numel() == N, "scales are not one for each of ", N, " output features");
-  const std::vector<float> wide = in_fp32(x);
   const at::Tensor factors = scales ? scales->to(at::kFloat).contiguous() : at::Tensor();
   const float* s = scales ? factors.const_data_ptr<float>() : nullptr;
   const at::Tensor y = at::empty({M, N}, x.options());
+#ifdef __AVX512BF16__
+  if (x.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16) {
+    const at::Tensor rows = x.contiguous();
+    of_rows<1>(M, w.const_data_ptr<at::BFloat16>(), rows.const_data_ptr<at::BFloat16>(), s, N, K,
+               y.mutable_data_ptr<at::BFloat16>());
+    return y;
+  }
+#endif
+  const std::vector<float> wide = in_fp32(x);
   const auto write = [&](auto* out) {
     const auto read = [&](const auto* weights) {
       of_rows<1>(M, weights, wide.data(), s, N, K, out);
