@@ -14,6 +14,7 @@ from sky_core.components.generation import Sample
 from sky_core.components.model import Decoder
 from sky_core.errors import UserError
 from sky_core.generation.decode import generate_tokens
+from sky_core.generation.generator import Generator
 from sky_core.model import decoding
 from sky_core.model.decoder import DecoderLM
 from sky_core.model.norm import RMSNorm
@@ -86,6 +87,18 @@ def test_generated_tokens_are_the_same() -> None:
     options: dict[str, Any] = {"sampler": Sample(temperature=0.0), "max_new_tokens": 12}
     expected = [one.tokens for one in generate_tokens(plain, id_tokenizer(50), prompts, **options)]
     assert [one.tokens for one in generate_tokens(compiled, id_tokenizer(50), prompts, **options)] == expected
+
+
+def test_few_numbers_of_rows_serve_all() -> None:
+    torch._dynamo.reset()
+    model, counter = build(), CompileCounter()
+    model.compile_decoding(backend=counter)
+    prompts = [[1, 2, 3]] * 7  # which end one after the other
+    generator = Generator(model, id_tokenizer(50), rows=7)
+    for i, prompt in enumerate(prompts):
+        generator.submit(prompt, max_new_tokens=2 + i, sampler=Sample(temperature=0.0))
+    generator.run()
+    assert counter.frame_count == 4  # 7 (all there are), 4, 2 and 1
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

@@ -181,9 +181,13 @@ class Generator:
         """One more token of every running row."""
         if not self._running:
             return []
-        tokens_B = torch.tensor([row.tokens[-1] for row in self._running], device=self._device)
-        with self._pool.places(0, len(self._running)) as cache:
-            logits_BV = self.model.step(tokens_B, cache)
+        tokens = [row.tokens[-1] for row in self._running]
+        rows = self._pool.lend_idle(len(tokens), self.model.rows_of_step(len(tokens)))
+        idle = self._pool.cache.lengths[len(tokens) : rows]
+        tokens_B = torch.tensor(tokens + [0] * len(idle), device=self._device)
+        with self._pool.places(0, rows) as cache:
+            logits_BV = self.model.step(tokens_B, cache)[: len(tokens)]
+        self._pool.cache.lengths[len(tokens) : rows] = idle
         pieces = self._take(self._running, logits_BV)
         self._settle()
         return pieces

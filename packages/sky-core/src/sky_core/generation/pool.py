@@ -59,6 +59,18 @@ class Pool:
                 if tensor.data_ptr() != now[name].data_ptr():
                     tensor.copy_(now[name])
 
+    def lend_idle(self, count: int, rows: int) -> int:
+        """How many of the first `rows` places a step of the first `count` may pass over: all, where an idle place can
+        take a token behind its end and forget it again; a full one is emptied for that."""
+        if not self.cuts:
+            return count
+        rows = min(rows, len(self.rows))
+        for place in range(count, rows):
+            if self.cache.lengths[place] == self.max_length:
+                self.forget(place, place + 1)
+                self.cache.lengths[place] = 0
+        return rows
+
     def likest(self, context: Sequence[int]) -> tuple[int, int]:
         """(place, tokens) of the longest beginning of `context`, without its last token, that a row can start from."""
         place, most, missed = 0, 0, 0

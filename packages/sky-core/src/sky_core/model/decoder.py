@@ -193,6 +193,9 @@ class DecoderLM(LanguageModel):
             raise UserError("compiled decoding knows no key/value prefixes: detach the adapter, or do not compile")
         return self._decoding(tokens_B, cache)
 
+    def rows_of_step(self, rows: int) -> int:
+        return rows if self._decoding is None else 1 << (rows - 1).bit_length()  # few graphs: 1, 2, 4, 8 ... rows
+
     def compile_decoding(self, **options: Any) -> None:
         self._decoding = CompiledStep(self._next_logits, **options)
 

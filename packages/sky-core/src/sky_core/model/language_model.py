@@ -75,6 +75,10 @@ class LanguageModel(nn.Module, ABC):
         """logits_BV of what follows one more token of each row, which the cache takes in."""
         return self.logits(self.hidden(tokens_B[:, None], cache=cache))[:, 0]
 
+    def rows_of_step(self, rows: int) -> int:
+        """How many rows `step` is best given when `rows` have a token to take in, the rest being idle ones."""
+        return rows
+
     def compile_decoding(self, **options: Any) -> None:
         """Compile `step` with `torch.compile(**options)`: seconds to a minute at its first use, a fraction of the time
         of each token from then on. Raises `UserError` where a model cannot."""
