@@ -2,7 +2,8 @@
 
 Trains both recipes in turn, once per seed, in one process, and records for each the loss of the whole validation split
 (in windows of the recipe's own context, and in nanoGPT's windows of 64 characters), wall and CPU seconds of everything
-after the text is tokenized, parameters and characters seen. Ratios are of runs of one seed, which ran one after the
+after the text is tokenized, parameters and characters seen. Both evaluate and sample once, at their end, whatever their
+recipes say; operators are compiled before the clock starts. Ratios are of runs of one seed, which ran one after the
 other.
 """
 
@@ -15,7 +16,9 @@ from typing import Any
 from nanogpt_cpu import nanogpt_losses, train
 
 import sky_core
+from sky_core import native
 from sky_core.bench.record import Record, add_corpus, arguments, run_script
+from sky_core.config import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,15 +32,18 @@ def main() -> None:
     add_corpus(parser)
     options = parser.parse_args()
     seeds = [1337 + i for i in range(1 if options.smoke else options.seeds)]
-    small = ["train.steps=3", "schedule.warmup=1", "eval.every=3"] if options.smoke else []
+    small = ["train.steps=3", "schedule.warmup=1"] if options.smoke else []
     record = Record(options, what="recipes/shakespeare.yaml beside recipes/nanogpt_cpu.yaml, in turn", seeds=seeds)
     text = options.data.read_text(encoding="utf-8")
+    native.load()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"data.path={options.data.resolve()}", f"data.cache={folder}/cache", f"out={folder}/runs", *small]
         for seed in seeds:
             for recipe in RECIPES:
-                run = train(ROOT / "recipes" / f"{recipe}.yaml", [*fixed, f"seed={seed}"])
+                path = ROOT / "recipes" / f"{recipe}.yaml"
+                steps = read_run(path, fixed).train.steps
+                run = train(path, [*fixed, f"seed={seed}", f"eval.every={steps}", f"sample.every={steps}"])
                 directory = run.pop("directory")
                 model, _ = sky_core.load(directory.path)
                 run |= {"recipe": recipe, "seed": seed, "parameters": model.n_parameters()["total"]}

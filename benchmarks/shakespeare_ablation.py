@@ -47,6 +47,7 @@ LADDER: list[Entry] = [
         ["train.batch_tokens=1536", "train.steps=1000", "optimizer.lr=0.03"],
     ),
     ("bf16, not fp32", ["train.precision=bf16"]),
+    ("attention by an operator of our own", ["train.compile=operators"]),
 ]
 """(what changed, overrides of recipes/nanogpt_cpu.yaml); each keeps those before it."""
 

@@ -297,6 +297,10 @@ def as_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def disguised(folder: Path) -> None:
+    torch.save({"a": torch.ones(3)}, folder / "model.safetensors")
+
+
 def index(folder: Path, **weight_map: str | int) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -313,7 +317,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[SkyError], str]] = {
     "layers without end": (lambda f: change(f, num_hidden_layers=10**9), UserError, "a depth of 1,000,000,000 layers"),
     "heads without end": (lambda f: change(f, head_dim=10**9), UserError, "a total width of heads of 4,000,000,000"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), UserError, "no model.safetensors"),
-    "a pickle": (as_pickle, UserError, "pytorch_model.bin, a pickle, which can run any code.*save_pretrained"),
+    "a pickle": (as_pickle, UserError, "pytorch_model.bin: a pickle, which can run any code.*save_pretrained"),
+    "a pickle in disguise": (
+        disguised,
+        UserError,
+        "model.safetensors: a pickle, which can run any code.*save_pretrained",
+    ),
     "cut off": (cut, CheckpointError, "model.safetensors: damaged or cut off"),
     "a shard is missing": (lambda f: index(f, a="x.safetensors"), UserError, "names x.safetensors, which is not there"),
     "a shard elsewhere": (lambda f: index(f, a="../x.safetensors"), UserError, "names ../x.safetensors"),

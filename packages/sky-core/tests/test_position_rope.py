@@ -206,3 +206,12 @@ class TestDynamic:
         tolerance = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(steps[:, :8], model(tokens_BT[:, :8]), rtol=0, atol=tolerance)
         assert (steps[:, 8:] - expected[:, 8:]).abs().max() > 10 * tolerance
+
+
+def test_the_ramp_of_yarn_keeps_fast_planes_and_interpolates_slow_ones() -> None:
+    plain, yarn = (
+        Rope(scaling=scaling).build(128, 64, 64, 2).frequencies_F
+        for scaling in (None, YarnScaling(factor=8.0, original_length=4096))
+    )
+    assert torch.equal(yarn[:8], plain[:8])  # 20 and more turns in 4096 tokens
+    torch.testing.assert_close(yarn[-8:], plain[-8:] / 8, rtol=1e-6, atol=0)  # less than one turn

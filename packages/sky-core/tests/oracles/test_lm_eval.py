@@ -183,6 +183,12 @@ def test_a_run_is_measured_from_either_command_line(lab: Any, tasks: Path, monke
     options = {"run": str(result.directory), "precision": "fp32"}
     theirs = lm_eval.simple_evaluate("sky", model_args=options, tasks=["sky_choice"], task_manager=manager)
     assert ours["lm_eval/sky_choice/acc"] == theirs["results"]["sky_choice"]["acc,none"]
+    command = [sys.executable, "-m", "sky_core.eval.harness", "run", "--model", "sky", "--tasks", "sky_choice"]
+    command += ["--model_args", f"run={result.directory},precision=fp32", "--include_path", str(tasks)]
+    done = subprocess.run([*command, "--output_path", "harness"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = Path("harness").rglob("results_*.json")
+    assert json.loads(written.read_text())["results"]["sky_choice"]["acc,none"] == ours["lm_eval/sky_choice/acc"]
 
 
 def test_the_harness_finds_the_backend_by_its_entry_point() -> None:

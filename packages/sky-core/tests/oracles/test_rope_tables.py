@@ -89,15 +89,6 @@ def test_tables_are_those_that_a_llama_reads(scaling: Scaling | None) -> None:
         assert torch.equal(ours[:, 0], table[..., 16:])
 
 
-def test_the_ramp_of_yarn_keeps_fast_planes_and_interpolates_slow_ones() -> None:
-    plain, yarn = (
-        Rope(scaling=scaling).build(128, 64, 64, 2).frequencies_F
-        for scaling in (None, YarnScaling(factor=8.0, original_length=4096))
-    )
-    assert torch.equal(yarn[:8], plain[:8])  # 20 and more turns in 4096 tokens
-    torch.testing.assert_close(yarn[-8:], plain[-8:] / 8, rtol=1e-6, atol=0)  # less than one turn
-
-
 @pytest.mark.parametrize("longest", [5, 39, 40, 41, 63, 4000])
 def test_dynamic_tables_grow_with_the_sequence_as_those_of_transformers(longest: int) -> None:
     scaling = DynamicScaling(factor=2.3, original_length=40)

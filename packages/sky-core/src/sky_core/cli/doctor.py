@@ -11,7 +11,10 @@ from typing import Any
 
 import click
 
-OPTIONAL = ("sentencepiece", "webdataset", "zstandard", "tensorboard", "deepspeed", "xformers", "transformers")
+OPTIONAL = (
+    "sentencepiece", "tokenizers", "webdataset", "zstandard", "tensorboard", "lm_eval", "deepspeed", "xformers",
+    "transformers",
+)  # fmt: skip
 
 
 @click.command()

@@ -92,7 +92,11 @@ class Fit(slots.Trainer):
         ),
     ] = "auto"
     compile: Annotated[
-        bool, Field(description="compile layers with torch.compile: minutes once, then faster steps and less memory")
+        bool | Literal["operators"],
+        Field(
+            description="true: layers and loss with torch.compile (a minute or more once, then faster steps and less"
+            " memory), and on a CPU the operators of sky_core.native; operators: these alone (half a minute once)"
+        ),
     ] = False
     activation_checkpointing: Annotated[
         Recompute,

@@ -1,12 +1,13 @@
 """lm-evaluation-harness (Biderman et al. 2024, arXiv:2405.14782) on sky models: any of its tasks, scored its way.
 
     sky eval RUN --lm-eval lambada_openai,blimp
-    lm-eval run --model sky --model_args run=runs/x --tasks hellaswag
+    python -m sky_core.eval.harness run --model sky --model_args run=runs/x --tasks hellaswag
 
-The second line is found by the entry point `lm_eval.models`, which releases after 0.4.13 look up; older ones need this
-module imported first. Tokenization of contexts and continuations, windows of rolling log-likelihoods and few-shot
-prompts are the harness's own (its `TemplateLM` and `utils`), so that numbers compare with those of its other backends;
-forward passes are those of `sky_core.eval.score`, generation is `sky_core.generation`'s.
+The second line is the harness's own command line with this backend in it; releases after 0.4.13 find it by the entry
+point `lm_eval.models`, and there `lm-eval run ...` does as well. Tokenization of contexts and continuations, windows of
+rolling log-likelihoods and few-shot prompts are the harness's own (its `TemplateLM` and `utils`), so that numbers
+compare with those of its other backends; forward passes are those of `sky_core.eval.score`, generation is
+`sky_core.generation`'s.
 
 Needs the extra `sky-core[lm-eval]`.
 """
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from sky_core.model.language_model import LanguageModel
     from sky_core.tokenizer.base import Tokenizer
 
+log = logging.getLogger("sky_core.eval")
+
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Options of generation that a task may set where it samples."""
 
@@ -82,7 +85,10 @@ class SkyLM(TemplateLM):
         super().__init__()
         if run is not None:
             model, tokenizer = load(run)
-            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            where = torch.device(device or "cuda")
+            if where.type == "cuda" and not torch.cuda.is_available():  # the harness asks for it unless told otherwise
+                where = torch.device("cpu")
+                log.info("no CUDA device here: evaluating on the CPU")
             for module in (model, *(attached.module for attached in model.adapters)):
                 module.to(where)
             bf16 = resolve_precision(precision, where) == "bf16"
@@ -255,3 +261,9 @@ def _generators_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

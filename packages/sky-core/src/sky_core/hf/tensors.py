@@ -21,6 +21,8 @@ from sky_core.errors import CheckpointError, UserError
 from sky_core.files import write_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (b"PK\x03\x04", b"\x80")
+"""What files of torch.save begin with, now and before."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Those that fp32 holds exactly."""
 
@@ -78,22 +80,29 @@ class TensorFiles:
         )
         if not pickles:
             return UserError(f"{self.folder}: no {FILE} and no {INDEX}; get the whole checkpoint")
-        return UserError(
-            f"{self.folder}: its weights are in {pickles[0]}, a pickle, which can run any code when it is read; get the"
-            f" checkpoint as {FILE}, or load it where you trust it and save it with transformers' save_pretrained"
-        )
+        return _refused(self.folder / pickles[0])
 
     @staticmethod
     def _handle(path: Path) -> Any:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                if file.read(4).startswith(PICKLES):
+                    raise _refused(path) from None
             raise CheckpointError(f"{path}: damaged or cut off ({error}); get it again") from None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as it is kept."""
         tensor: torch.Tensor = self._open[name].get_tensor(name)
         return tensor
+
+
+def _refused(path: Path) -> UserError:
+    return UserError(
+        f"{path}: a pickle, which can run any code when it is read; get the checkpoint as {FILE}, or load it where you"
+        " trust it and save it with transformers' save_pretrained"
+    )
 
 
 def write_tensors(

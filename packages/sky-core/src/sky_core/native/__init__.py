@@ -10,7 +10,7 @@ a bias that expands to (B, G, R, S). They compute in fp32, take and give fp32 or
 is attention of whole sequences in bf16, with gradients, on CPUs that multiply bf16 (AVX512_BF16).
 
 `load()` compiles them with the machine's C++ compiler (`torch.compile` needs one as well), keeps them in the user's
-cache, and registers them. It is called where compiling was asked for: by `compile: true` and compiled decoding.
+cache, and registers them. It is called where compiling was asked for: by `train.compile` and compiled decoding.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def read_huggingface(path: str | Path) -> HuggingFaceTokenizer:
     try:
         text = file.read_bytes().decode()
     except FileNotFoundError:
-        raise DataError(f"no {file.name} in {folder}; give a folder that holds one, or the file itself") from None
+        raise DataError(f"no {file.name} in {folder}; give a folder that holds one") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is damaged: not UTF-8 (byte {error.start}); get it again") from None
     companions = read_companions(folder)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sky_core import native
 from sky_core.errors import CheckpointError
 from sky_core.training.objective import Loss, Objective
 
@@ -152,8 +151,6 @@ class LocalEngine(Engine):
             from sky_core.compilation import keep_compiled_code
 
             log.info("layers are compiled at their first step; compiled code is kept in %s", keep_compiled_code())
-            if self.device.type == "cpu":
-                native.load()
 
     def prepare(self, step: Step, build_optimizers: BuildOptimizers) -> None:
         self.step = step

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sky_core import native
 from sky_core.data.loader import Loader
 from sky_core.errors import Diverged, UserError
 from sky_core.plugins import loaded_plugins
@@ -79,7 +80,9 @@ class Trainer:
         self._stop: tuple[str, str] | None = None
 
         self.engine = fit.engine.build()
-        self.engine.setup(fit.precision, compile=fit.compile)
+        self.engine.setup(fit.precision, compile=fit.compile is True)
+        if fit.compile and self.engine.device.type == "cpu":
+            native.load()
         self.dataset = run.data.build(run.seed, run.tokenizer)
         self.tokenizer = self.dataset.tokenizer
         self.model = build_model(run, self.tokenizer, fresh=not directory.checkpoints)

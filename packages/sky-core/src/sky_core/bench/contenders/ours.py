@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from sky_core import native
 from sky_core.bench.contenders.base import ADAMW, CLIP, Contender, Prompts, cast
 from sky_core.bench.shape import id_tokenizer
 from sky_core.components.generation import Sample
@@ -39,6 +40,8 @@ class Ours(Contender):
         self.precision = precision
         self.engine = LocalEngine()
         self.engine.setup(precision, compile=compile)
+        if compile and self.device == "cpu":
+            native.load()
         self.engine.device = torch.device(self.device)
         self.engine.prepare(Step(self.model, NextToken()), AdamW(**ADAMW).build)
 
