@@ -24,7 +24,7 @@ eval: {every: 1}
 sample: {every: 1, prompts: [a], max_new_tokens: 2}
 """
 
-UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "matplotlib")
+UNUSED = ("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "sympy", "transformers", "matplotlib")
 """Slow to import, and nothing to a run that compiles nothing."""
 
 OPTIMIZERS = ["adamw", "optimizer={kind: adamw, fused: false}", "muon"]
