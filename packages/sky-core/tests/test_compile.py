@@ -36,7 +36,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def compiled(**options: Any) -> tuple[LanguageModel, list[Any]]:
-    """A model of five layers, and the graphs that are compiled for it, as they come."""
+    """A model of five layers, and the graphs compiled for it, as they come: in training also that of the loss."""
     graphs: list[Any] = []
     model = tiny_model(VOCAB, n_layer=5, **options).train()
     model.compile_layers(backend=lambda graph, _: graphs.append(graph) or graph)
@@ -67,12 +67,12 @@ def test_equal_layers_are_one_graph_in_training_and_one_in_evaluation(options: d
     documents_BT = torch.arange(16).div(5, rounding_mode="floor").expand(4, -1).clone() if packed else None
     for _ in range(2):
         train(model, 4, documents_BT=documents_BT)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     for _ in range(2):
         evaluate(model, 4)
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     train(model, 4, documents_BT=documents_BT)
-    assert len(graphs) == 2
+    assert len(graphs) == 3
 
 
 def test_no_other_shape_of_an_evaluation_is_compiled() -> None:
@@ -81,7 +81,7 @@ def test_no_other_shape_of_an_evaluation_is_compiled() -> None:
     evaluate(model, 8)
     for rows, tokens in ((3, 16), (1, 16), (8, 5), (8, 16)):
         evaluate(model, rows, tokens)
-    assert len(graphs) == 2
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize("policy", ["selective", "block"])
@@ -94,7 +94,7 @@ def test_recomputing_in_compiled_layers_is_one_graph_and_the_same_gradient(
     model.activation_checkpointing = policy  # type: ignore[assignment]
     for _ in range(2):
         gradients = train(model, 4)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     for gradient, expected in zip(gradients, train(plain, 4), strict=True):
         assert_close(gradient, expected)
 
@@ -118,9 +118,9 @@ def test_what_was_compiled_is_counted_since_any_moment() -> None:
     model, _ = compiled()
     train(model, 2)
     new = Compilation.so_far().since(before)
-    assert new.graphs == 1
+    assert new.graphs == 2  # of a layer and of the loss
     assert new.seconds > 0
-    assert str(new).startswith(f"layers compiled in {new.seconds:.1f} s (1 graphs")
+    assert str(new).startswith(f"layers compiled in {new.seconds:.1f} s (2 graphs")
     assert Compilation.so_far().since(before) == new
 
 
@@ -145,7 +145,7 @@ def test_a_run_says_what_it_compiled_and_its_averages_do_not_hold_it(lab: Any) -
     lab.monkeypatch.setattr(DecoderLM, "compile_layers", lambda model: compile_layers(model, backend="eager"))
     run = lab.train("train.compile=true", "eval.every=6").directory
     events = [event for event in RunDirectory(run).events() if event["event"] == "compiled"]
-    assert [(event["step"], event["graphs"]) for event in events] == [(1, 1), (6, 1)]
+    assert [(event["step"], event["graphs"]) for event in events] == [(1, 2), (6, 1)]
     assert all(event["seconds"] > 0 for event in events)
-    assert f"layers compiled in {events[0]['seconds']:.1f} s (1 graphs" in (run / "log.txt").read_text()
+    assert f"layers compiled in {events[0]['seconds']:.1f} s (2 graphs" in (run / "log.txt").read_text()
     assert lab.metrics(run)[1]["loss"] == pytest.approx(lab.metrics(lab.train("eval.every=6").directory)[1]["loss"])

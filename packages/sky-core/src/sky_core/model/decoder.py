@@ -29,7 +29,7 @@ from sky_core.model.context import Context
 from sky_core.model.decoding import CompiledStep
 from sky_core.model.init import init_weights
 from sky_core.model.language_model import LanguageModel
-from sky_core.model.loss import cross_entropy_of_head, linear_cross_entropy
+from sky_core.model.loss import Chunk, compiled_chunk, cross_entropy_of_head, linear_cross_entropy
 from sky_core.model.mtp import MultiTokenModule
 from sky_core.model.mup import attention_scale, lr_scale
 from sky_core.model.position import PositionEncoding
@@ -78,6 +78,7 @@ class DecoderLM(LanguageModel):
         self._attentions, self._memories = tuple(one for _, one, _ in built), tuple(one for _, _, one in built)
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._compiled = False
+        self._chunk: Chunk | None = None
         self._evaluated: torch.Size | None = None
         self._decoding: CompiledStep | None = None
         init_weights(
@@ -285,9 +286,7 @@ class DecoderLM(LanguageModel):
             return cross_entropy_of_head(self.logits, self.vocab_size, hidden_BTD, targets_BT)
         weight_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         cap = self.config.logit_softcap
-        return linear_cross_entropy(
-            self._scaled(hidden_BTD), weight_VD, targets_BT, softcap=cap, compiled=self._compiled
-        )
+        return linear_cross_entropy(self._scaled(hidden_BTD), weight_VD, targets_BT, softcap=cap, chunk=self._chunk)
 
     def _scaled(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """What the head reads: muP divides the logits by the width ratio."""
@@ -322,6 +321,7 @@ class DecoderLM(LanguageModel):
     def compile_layers(self, **options: Any) -> None:
         for layer in [*self.layers, *self.mtp]:
             layer.compile(**options)
+        self._chunk = compiled_chunk(**options)
         self._compiled = True
 
     def n_parameters(self) -> dict[str, int]:

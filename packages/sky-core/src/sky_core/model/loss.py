@@ -16,7 +16,6 @@ N tokens, D model width, V vocabulary, C tokens of a chunk.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from sky_core.data.dataset import IGNORE
+
+Chunk = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""(logits_CV, targets_C, softcap, dtype of sums, gradient wanted) -> (summed loss, dloss/dz_CV or None)."""
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of fp32 logits that are held at a time."""
@@ -38,20 +40,20 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-    compiled: bool = False,
+    chunk: Chunk | None = None,
 ) -> torch.Tensor:
     """Summed negative log-likelihood (nats, an fp32 scalar) of `targets` (...) under softmax(cap(W h)), h from `hidden`
     (..., D); targets equal to IGNORE are left out. `softcap` c bounds the logits: cap(z) = c tanh(z / c).
 
     Under autocast the products run in its dtype, as those of a linear layer would; softmax and sums in fp32.
-    `compiled` fuses what lies between the products into three passes over a chunk's logits (`torch.compile`).
+    `chunk` is `compiled_chunk()` where what lies between the products shall be fused.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     rows = _chunk_rows(len(weight_VD), chunk_bytes)
     gradients = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight_VD, targets.flatten(), softcap, rows, dtype, gradients, compiled
+        hidden.flatten(0, -2), weight_VD, targets.flatten(), softcap, rows, dtype, gradients, chunk or _chunk
     )
     return loss
 
@@ -102,9 +104,9 @@ def _chunk(
     return loss, dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
 
 
-@functools.cache
-def _compiled_chunk() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    return torch.compile(_chunk, dynamic=True)
+def compiled_chunk(**options: Any) -> Chunk:
+    """The loss and the gradient of a chunk in three passes over its logits, by `torch.compile(**options)`."""
+    return torch.compile(_chunk, dynamic=True, **options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -118,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
         gradients: bool,
-        compiled: bool,
+        chunk: Chunk,
     ) -> torch.Tensor:
         wants_hidden = gradients and ctx.needs_input_grad[0]
         wants_weight = gradients and ctx.needs_input_grad[1]
@@ -128,10 +130,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw_VD = None
         total = hidden_ND.new_zeros((), dtype=wide)
         wanted = wants_hidden or wants_weight
-        chunk = _compiled_chunk() if compiled and wanted else _chunk
+        compute = chunk if wanted else _chunk
         for start in range(0, max(1, len(h_ND)), rows):  # an empty batch is one empty chunk
             h_CD = h_ND[start : start + rows]
-            loss, dz_CV = chunk(h_CD @ w_VD.T, targets_N[start : start + rows], softcap, wide, wanted)
+            loss, dz_CV = compute(h_CD @ w_VD.T, targets_N[start : start + rows], softcap, wide, wanted)
             total += loss
             if dz_CV is None:
                 continue
