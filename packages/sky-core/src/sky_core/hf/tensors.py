@@ -87,9 +87,10 @@ class TensorFiles:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            with path.open("rb") as file:
-                if file.read(4).startswith(PICKLES):
-                    raise _refused(path) from None
+            if isinstance(error, SafetensorError):  # it could be read
+                with path.open("rb") as file:
+                    if file.read(4).startswith(PICKLES):
+                        raise _refused(path) from None
             raise CheckpointError(f"{path}: damaged or cut off ({error}); get it again") from None
 
     def read(self, name: str) -> torch.Tensor:
