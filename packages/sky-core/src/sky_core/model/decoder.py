@@ -77,7 +77,6 @@ class DecoderLM(LanguageModel):
         # Plain tuples: these modules are registered where they belong, inside their blocks.
         self._attentions, self._memories = tuple(one for _, one, _ in built), tuple(one for _, _, one in built)
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
-        self._compiled = False
         self._chunk: Chunk | None = None
         self._evaluated: torch.Size | None = None
         self._decoding: CompiledStep | None = None
@@ -318,11 +317,14 @@ class DecoderLM(LanguageModel):
         )
         return Cache([0] * batch, length, layers, memories)
 
+    @property
+    def _compiled(self) -> bool:
+        return self._chunk is not None
+
     def compile_layers(self, **options: Any) -> None:
         for layer in [*self.layers, *self.mtp]:
             layer.compile(**options)
         self._chunk = compiled_chunk(**options)
-        self._compiled = True
 
     def n_parameters(self) -> dict[str, int]:
         tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
