@@ -84,12 +84,15 @@ void multiply(int64_t M, int64_t columns, int64_t K, const Half* a, int64_t a_st
 }
 
 inline __m256i to_half(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 to_float(const Half* x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
 
 // Rows of a matrix of bf16 in memory, `step` numbers apart.
 struct Rows {
   const Half* from;
   int64_t step, count, width;
-  // Rows start to start + into.rows, zero behind the last.
+  // `rows` rows from `start` on, zero behind the last.
   void copy(int64_t start, int64_t rows, Half* into) const {
     for (int64_t i = 0; i < rows; i++, into += width)
       if (start + i < count) std::copy_n(from + (start + i) * step, width, into);
@@ -252,11 +255,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& dy, co
           for (int n = 0; n < N; n++) {
             high[n] = start + n < T ? logsum_[(b * H + h) * T + start + n] : INFINITE;
             __m512 sum = _mm512_setzero_ps();
-            const auto wide = [](const Half* x) {
-              return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
-            };
             for (int64_t f = 0; f < F; f += 16)
-              sum = _mm512_fmadd_ps(wide(dy_NF.row(n) + f), wide(y_NF.row(n) + f), sum);
+              sum = _mm512_fmadd_ps(to_float(dy_NF.row(n) + f), to_float(y_NF.row(n) + f), sum);
             dot[n] = _mm512_reduce_add_ps(sum);
           }
           dq_EN.clear();
