@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -339,6 +340,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[SkyError], str]] = {
         lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(17)})),
         UserError,
         r"model.norm.weight has shape \(17,\) instead of \(16,\)",
+    ),
+    "not a number": (
+        lambda f: rewrite(f, lambda t: t["model.norm.weight"].__setitem__(3, math.nan)),
+        CheckpointError,
+        "model.norm.weight holds NaN or infinity; damaged",
     ),
     "integers": (
         lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(16, dtype=torch.int8)})),

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from sky_core.components.model import Decoder
-from sky_core.errors import UserError
+from sky_core.errors import CheckpointError, UserError
 from sky_core.hf.architectures import Architecture
 from sky_core.hf.keys import Group, plan
 from sky_core.hf.table import model_table
@@ -80,6 +80,9 @@ def read(folder: str | Path) -> Read:
         for group in groups:
             tensors = group.layout.read([files.read(names[name]) for name in group.theirs])
             for name, tensor in zip(group.ours, tensors, strict=True):
+                if not tensor.isfinite().all():
+                    wrong = ", ".join(names[theirs] for theirs in group.theirs)
+                    raise CheckpointError(f"{folder}: {wrong} holds NaN or infinity; damaged, get it again")
                 state[name].copy_(tensor)
     kept = {str(files.dtypes[name]).removeprefix("torch.") for name in names.values()}
     return Read(model.eval(), tokenizer, table, architecture, kept.pop() if len(kept) == 1 else "mixed")
