@@ -67,6 +67,16 @@ def test_a_graph_gives_the_logits_of_an_uncompiled_step(kind: str, rows: int, mo
     torch.testing.assert_close(logits_of(compiled, rows, 12), logits_of(plain, rows, 12), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_gives_the_same_logits_with_one_cache_after_the_other() -> None:
+    torch._dynamo.reset()
+    plain, compiled = build().cuda(), build().cuda()
+    compiled.compile_decoding()
+    with torch.device("cuda"):
+        for steps in (12, 5):
+            torch.testing.assert_close(logits_of(compiled, 3, steps), logits_of(plain, 3, steps), rtol=1e-4, atol=1e-4)
+
+
 def test_a_graph_serves_until_the_next_slots_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SLOTS", 8)
     torch._dynamo.reset()

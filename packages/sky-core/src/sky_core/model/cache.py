@@ -168,6 +168,10 @@ class Cache:
                 state.reset(rows_B)
         self.lengths = [0 if drop else length for length, drop in zip(self.lengths, rows_B.tolist(), strict=True)]
 
-    def nbytes(self) -> int:
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of all layers and memories."""
         states = [state for state in [*self.layers, *self.memories] if state is not None]
-        return sum(tensor.nbytes for state in states for tensor in state.tensors().values())
+        return [tensor for state in states for tensor in state.tensors().values()]
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())

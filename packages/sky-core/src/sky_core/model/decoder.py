@@ -197,7 +197,7 @@ class DecoderLM(LanguageModel):
         return rows if self._decoding is None else 1 << (rows - 1).bit_length()  # few graphs: 1, 2, 4, 8 ... rows
 
     def compile_decoding(self, **options: Any) -> None:
-        self._decoding = CompiledStep(self._next_logits, **options)
+        self._decoding = CompiledStep(self._next_logits, self.embed_tokens.weight.device, **options)
 
     def _next_logits(self, ctx: Context) -> torch.Tensor:
         """logits_BV behind the last token of a pass that only fills the cache."""

@@ -6,7 +6,8 @@ hand the weights over. Uncompiled it lies far above that floor, for two reasons,
 - some twenty operations a layer are launched one by one; here the layers and the head are one graph, in which the
   compiler writes norms, rotations and activations into the loops around them, called from C++;
 - torch's products and attention prepare for many rows; here, on a CPU and for at most 8 rows, they are operators of
-  ours (`sky_core.native`), each one pass over what it reads at the speed of the memory.
+  ours (`sky_core.native`), each one pass over what it reads at the speed of the memory. On a GPU the whole step is a
+  CUDA graph: one launch for all of its kernels.
 
 Shapes are fixed: a pass sees the first `end` slots of the cache, `end` a multiple of `SLOTS`, and the mask hides what
 lies behind a row. There is a graph for each number of rows and each `end`; inductor keeps them on disk.
@@ -50,8 +51,11 @@ def _guards_of_inputs(guards: Sequence[Any]) -> list[bool]:
     return [guard.guard_type == "TENSOR_MATCH" or not guard.name.startswith("self.") for guard in guards]
 
 
-OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "guard_filter_fn": _guards_of_inputs}
-"""Inductor's."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {"cpp_wrapper": True, "guard_filter_fn": _guards_of_inputs},
+    "cuda": {"triton.cudagraphs": True, "guard_filter_fn": _guards_of_inputs},
+}
+"""Inductor's, by device."""
 
 
 class CompiledStep:
@@ -59,13 +63,14 @@ class CompiledStep:
 
     `logits_of(ctx)` is the model: logits_BV of a context of one token per row. It is compiled as it is at the first
     step of each shape: what is hooked into its modules later is not seen, weights may change. `options` are
-    `torch.compile`'s (default: inductor with `OPTIONS`).
+    `torch.compile`'s (default: inductor with `OPTIONS` of `device`).
     """
 
-    def __init__(self, logits_of: Callable[[Context], torch.Tensor], **options: Any) -> None:
+    def __init__(self, logits_of: Callable[[Context], torch.Tensor], device: torch.device, **options: Any) -> None:
         keep_compiled_code()
         self._logits_of = logits_of
-        self._graph = torch.compile(self._step, dynamic=False, **(options or {"options": OPTIONS}))
+        self._on_cuda = device.type == "cuda"
+        self._graph = torch.compile(self._step, dynamic=False, **(options or {"options": OPTIONS.get(device.type)}))
         self._seen: set[tuple[int, int]] = set()
 
     def __call__(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -77,9 +82,13 @@ class CompiledStep:
             log.info("compiling a decoding step of %d rows over %d slots", len(tokens_B), end)
         slots_B1 = torch.tensor(cache.lengths, device=tokens_B.device)[:, None]
         few = tokens_B.device.type == "cpu" and len(tokens_B) <= native.MOST_ROWS and native.load()
+        if self._on_cuda:
+            for tensor in cache.tensors():  # written in place: a CUDA graph writes where it was recorded to write
+                torch._dynamo.mark_static_address(tensor)
+            torch.compiler.cudagraph_mark_step_begin()
         logits_BV: torch.Tensor = self._graph(tokens_B[:, None], slots_B1, end, cache, few)
         cache.advance([1] * len(tokens_B))
-        return logits_BV
+        return logits_BV.clone() if self._on_cuda else logits_BV  # whose memory the next step writes
 
     def _step(self, tokens_B1: torch.Tensor, slots_B1: torch.Tensor, end: int, cache: Cache, few: bool) -> torch.Tensor:
         ctx = Context.at_slots(tokens_B1, slots_B1, end, cache)
