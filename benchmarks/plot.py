@@ -12,35 +12,31 @@ from pathlib import Path
 
 from table import RESULTS
 
+from sky_core.bench.report import figure
+
 
 def draw(path: Path, form: str) -> Path | None:
     """The picture of one result file; none when its runs hold no curve."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same numbers, the same file
     data = json.loads(path.read_text(encoding="utf-8"))
     runs = [run for run in data["runs"] if isinstance(run, dict) and run.get("curve")]
     if not runs:
         return None
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for run in runs:
-        steps, losses = [p["step"] for p in run["curve"]], [p["loss"] for p in run["curve"]]
-        axes.plot(steps, losses, marker="o", markersize=3, label=f"sky-core, seed {run['seed']}: {losses[-1]:.4f}")
-    for peer in data.get("peers", []):
-        if peer["curve"]:
-            steps, losses = zip(*peer["curve"], strict=True)
-            axes.plot(steps, losses, "k--", linewidth=1, label=f"{peer['name']}, {peer['curve_of']}: {losses[-1]:.4f}")
-        elif "best" in peer:
-            axes.axhline(peer["best"], color="k", linestyle="--", linewidth=1, label=f"{peer['name']}: {peer['best']}")
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)", title=data["what"])
-    axes.grid(alpha=0.3)
-    axes.legend()
     target = path.with_suffix(f".{form}")
-    figure.savefig(target, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    plt.close(figure)
+    with figure(target, (7, 4.2)) as axes:
+        for run in runs:
+            steps, losses = [p["step"] for p in run["curve"]], [p["loss"] for p in run["curve"]]
+            axes.plot(steps, losses, marker="o", markersize=3, label=f"sky-core, seed {run['seed']}: {losses[-1]:.4f}")
+        for peer in data.get("peers", []):
+            if peer["curve"]:
+                steps, losses = zip(*peer["curve"], strict=True)
+                label = f"{peer['name']}, {peer['curve_of']}: {losses[-1]:.4f}"
+                axes.plot(steps, losses, "k--", linewidth=1, label=label)
+            elif "best" in peer:
+                label = f"{peer['name']}: {peer['best']}"
+                axes.axhline(peer["best"], color="k", linestyle="--", linewidth=1, label=label)
+        axes.set(xlabel="step", ylabel="validation loss (nats per token)", title=data["what"])
+        axes.grid(alpha=0.3)
+        axes.legend()
     return target
 
 

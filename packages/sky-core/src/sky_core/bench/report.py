@@ -162,5 +162,5 @@ class figure:
         import matplotlib.pyplot as plt
 
         if exception[0] is None:
-            self.figure.savefig(self.path, metadata={"Date": None})
+            self.figure.savefig(self.path, dpi=150, metadata={"Date": None})
         plt.close(self.figure)

@@ -54,7 +54,7 @@ def interleave(
     warm-up at round 0, outside of the time that counts.
     """
     found = Rounds({name: [] for name in contenders})
-    with uncollected():
+    with collector_paused():
         for turn in range(rounds + warmup):
             counted = max(0, turn + 1 - warmup)
             for name, work in contenders.items():
@@ -71,7 +71,7 @@ def interleave(
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """No garbage collection inside: it would fall into the time of whoever is on turn."""
     was = gc.isenabled()
     gc.disable()
