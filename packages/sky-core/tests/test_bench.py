@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sky_core.bench.compare import fallen, fell
 from sky_core.bench.record import Options, Record, repository, source_state, spread
-from sky_core.bench.report import Settings, check, markdown, read
+from sky_core.bench.report import Settings, check, finish, markdown, read
 from sky_core.bench.shape import find_shape
 from sky_core.bench.student import paired, pairs_needed, t_quantile, within
 from sky_core.bench.timing import Rounds, interleave
@@ -134,6 +134,17 @@ def test_only_ratios_that_both_records_have_are_compared() -> None:
         check({"measures": []}, base, "base.json")
 
 
+def test_a_record_is_held_to_the_one_that_it_overwrites(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"measures": [ratio([2.0])]}))
+    settings = Settings(out=file, smoke=True, compare=file)
+    record = Record(settings.options("x"), what="x")
+    record.measure("ours against them", 1.0, "times", better="higher")
+    with pytest.raises(CheckFailed, match="1 of 1 ratios fell"):
+        finish(record, settings)
+    assert [measure["value"] for measure in read(file)["measures"]] == [1.0]
+
+
 # --------------------------------------------------------------------------------------------- exponents
 
 
@@ -222,6 +233,42 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(UserError, match="no record of a benchmark"):
         Settings(compare=file).options("x")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    # First what the committed records are called, then what must not overwrite them.
+    [
+        ("train --length 512 --batch 4", "train-tiny-T512-bf16"),
+        ("decode", "decode-tiny-bf16"),
+        ("load", "loading"),
+        ("start --compile", "start"),
+        ("train --batch 8 --no-compile", "train-tiny-T512-bf16-eager-B8"),
+        ("memory --batch 8 --length 64", "memory-tiny-T64-bf16-B8"),
+        ("decode --batch 1,8 --no-compile --precision fp32", "decode-tiny-fp32-eager"),
+        ("decode --batch 1,4 --prompt 8 --new 32", "decode-tiny-bf16-B1-4-P8-N32"),
+        ("decode --requests 5", "requests-tiny-bf16"),
+        ("decode --requests 5 --rows 4 --no-compile", "requests-tiny-bf16-eager-R4"),
+        ("load --tokens 1000 --length 64", "loading-M1000-T64"),
+        ("scaling", "scaling-tiny-bf16"),
+        ("scaling --compile --axes depth,batch --factors 0.5,1", "scaling-tiny-bf16-compiled-Adepth-batch-F0.5-1"),
+    ],
+)
+def test_a_record_is_called_by_the_sizes_that_are_not_the_default(
+    command: str, name: str, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(settings: Settings, name: str) -> Options:
+        raise UserError(name)
+
+    monkeypatch.setattr(Settings, "options", told)
+    model = {"n_layer": 1, "n_head": 2, "d_model": 32, "max_length": 512, "vocab_size": 97}
+    Path("tiny.yaml").write_text(json.dumps({"name": "tiny", "model": model}))
+    shape = [] if command.startswith(("load", "start")) else ["--shape", "tiny.yaml"]
+    peers = ["--against", "none"] if command.startswith(("train", "memory", "decode")) else []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr("torch.cuda.is_available", lambda device=device: device == "cuda")
+        suffix = "-cuda" if device == "cuda" and not command.startswith("load") else ""
+        assert lab.sky("bench", *command.split(), *shape, *peers).errors == [f"sky: {name}{suffix}"]
 
 
 def test_a_table_shows_measures_notes_and_where_they_come_from() -> None:
@@ -362,7 +409,8 @@ def test_recipes_are_compared_seed_by_seed(lab: Any) -> None:
     command = ["bench", "recipe", "run.yaml", "other.yaml", "--seeds", "2", "--tokens", "512", "--allow-dirty"]
     told = lab.sky(*command, "--out", "out")
     assert told.code == 0, told.err
-    data = read(Path("out/recipe-run-other.json"))
+    (file,) = Path("out").glob("recipe-run-other*.json")
+    data = read(file)
     assert data["seeds"] == [1337, 1338]
     assert {run["tokens"] for run in data["runs"]} == {512}
     losses = {(run["recipe"], run["seed"]): run["bits_per_byte"] for run in data["runs"]}

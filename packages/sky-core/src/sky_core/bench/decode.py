@@ -24,6 +24,7 @@ import torch
 from sky_core.bench.ceilings import Ceilings, default_device, synchronizer
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender, Prompts
+from sky_core.bench.defaults import BATCHES, NEW, PROMPT, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import Shape, find_shape
@@ -69,13 +70,17 @@ def run(
     peers = with_static(peers_of(against))
     found = find_shape(shape, smoke=settings.smoke).at_length(prompt + new)
     own = {f"ours, {one}": one for one in dict.fromkeys([precision, *formats])}
+    device = default_device()
+    name = record_name(
+        "decode", found.name, precision, "" if compile else "eager",
+        device=device, B=(batches, BATCHES), P=(prompt, PROMPT), N=(new, NEW),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"decode-{found.name}-{precision}"),
+        settings.options(name),
         what=f"decoding {found.name}: {new} tokens after {prompt}, {precision}{', compiled' if compile else ''}",
         seeds=[0],
         peers=distributions(["ours", *peers]),
     )
-    device = default_device()
     ceilings = Ceilings(device, (), small=settings.smoke).update()
     click.echo("comparing texts in fp32", err=True)
     same_texts(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sky_core.bench.defaults import FILE_BATCH, FILE_TOKENS, LENGTH, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.bench.timing import interleave
@@ -53,7 +54,8 @@ def run(settings: Settings, *, tokens: int, batch: int, length: int, rounds: int
     """Measure and record. Raises `CheckFailed` when two ways do not give the same sequences."""
     if settings.smoke:
         tokens, batch, length, rounds, batches = 20_000, 4, 16, 2, 3
-    record = Record(settings.options("loading"), what=WHAT, seeds=[0])
+    sizes = {"M": (tokens, FILE_TOKENS), "B": (batch, FILE_BATCH), "T": (length, LENGTH)}
+    record = Record(settings.options(record_name("loading", device="cpu", **sizes)), what=WHAT, seeds=[0])
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder, corpus, tokenizer = Path(name), documents(tokens), Byte().train(())
@@ -73,9 +75,9 @@ def run(settings: Settings, *, tokens: int, batch: int, length: int, rounds: int
             record.measure("nanoGPT's get_batch" if way == "nanoGPT" else way, values, "tokens/s")
     for way in TARGETS:
         record.measure(f"{way} against nanoGPT", timed.times_faster(way, "nanoGPT"), "times its speed", better="higher")
-    sizes = {"tokens": tokens, "documents": len(corpus), "batch": batch, "length": length, "batches": batches}
+    details = {"tokens": tokens, "documents": len(corpus), "batch": batch, "length": length, "batches": batches}
     plot = bars(WHAT, "tokens/s", {way: spread(values) for way, values in speeds.items()})
-    finish(record, settings, plot, sizes=sizes, runs=speeds)
+    finish(record, settings, plot, sizes=details, runs=speeds)
 
 
 def open_all(tokens: Path, shards: Path, length: int) -> dict[str, Dataset]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sky_core.bench.contenders import CONTENDERS, contender, distributions, peers_of
+from sky_core.bench.defaults import BATCH, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.bench.shape import Shape, find_shape
@@ -70,14 +71,20 @@ def run(
     repeats: int,
 ) -> None:
     """Measure and record. Raises `CheckFailed` when the contenders do not compute the same."""
+    from sky_core.bench.ceilings import default_device
+
     if settings.smoke:
         length, batch, steps, repeats = 16, 2, 1, 1
     peers = peers_of(against)
     names = ["ours", *peers]
     found = find_shape(shape, smoke=settings.smoke).at_length(length)
     how = f"{precision}, {'compiled' if compile else 'uncompiled'}"
+    name = record_name(
+        "memory", found.name, f"T{length}", precision, "" if compile else "eager",
+        device=default_device(), B=(batch, BATCH),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"memory-{found.name}-T{length}-{precision}{'' if compile else '-eager'}"),
+        settings.options(name),
         what=f"memory of training {found.name}, {batch} x {length} tokens a step, {how}",
         seeds=[0],
         peers=distributions(names),

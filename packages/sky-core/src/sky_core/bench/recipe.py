@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+from sky_core.bench.ceilings import default_device
+from sky_core.bench.defaults import record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.bench.student import Interval, paired, pairs_needed
@@ -54,7 +56,8 @@ def run(
     runs = {name: read_run(path, overrides) for name, path in zip(names, recipes, strict=True)}
     batch_tokens = {name: _batch_tokens(name, one) for name, one in runs.items()}
     chosen = [first_seed + i for i in range(1 if settings.smoke else seeds)]
-    record = Record(settings.options(f"recipe-{'-'.join(names)}"), what=f"recipes {' and '.join(names)}", seeds=chosen)
+    name = record_name("recipe", *names, device=default_device())
+    record = Record(settings.options(name), what=f"recipes {' and '.join(names)}", seeds=chosen)
 
     details: list[dict[str, Any]] = []
     plots: dict[str, dict[str, Any]] = {}

@@ -88,6 +88,7 @@ def finish(record: Record, settings: Settings, draw: Callable[[Path], None] | No
 
     Raises `CheckFailed` when a ratio fell since the record that the user compares with.
     """
+    base = read(settings.compare) if settings.compare is not None else None  # which may be what is now overwritten
     data = record.write(**details)
     text = markdown(data)
     click.echo(text, nl=False)
@@ -98,8 +99,8 @@ def finish(record: Record, settings: Settings, draw: Callable[[Path], None] | No
         elif draw is not None:
             draw(record.path.with_suffix(".svg"))
     record.finish()
-    if settings.compare is not None:
-        check(data, read(settings.compare), str(settings.compare))
+    if base is not None:
+        check(data, base, str(settings.compare))
 
 
 def check(new: dict[str, Any], base: dict[str, Any], name: str) -> None:

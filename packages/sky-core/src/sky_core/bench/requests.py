@@ -23,6 +23,7 @@ from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender
 from sky_core.bench.contenders.ours import Ours
 from sky_core.bench.decode import first_difference, with_static
+from sky_core.bench.defaults import NEW, PROMPT, ROWS, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import find_shape
@@ -57,13 +58,17 @@ def run(
         raise UserError(f"--against {against}: requests of mixed lengths are measured against transformers (or none)")
     length = longest_prompt + longest_output
     found = find_shape(shape, smoke=settings.smoke).at_length(length)
+    device = default_device()
+    name = record_name(
+        "requests", found.name, precision, "" if compile else "eager",
+        device=device, R=(rows, ROWS), P=(longest_prompt, PROMPT), N=(longest_output, NEW),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"requests-{found.name}-{precision}"),
+        settings.options(name),
         what=f"{requests} requests of mixed length, {found.name}, {rows} rows at a time, {precision}",
         seeds=[0],
         peers=distributions(["ours", *peers]),
     )
-    device = default_device()
     asked = mixed(found.vocab_size, requests, longest_prompt, longest_output)
     names = ["ours", *peers]
     model = found.build()

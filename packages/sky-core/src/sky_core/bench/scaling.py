@@ -31,13 +31,12 @@ from typing import Any
 import click
 
 from sky_core.bench import memory
+from sky_core.bench.ceilings import default_device
+from sky_core.bench.defaults import AXES, BATCH, FACTORS, LENGTH, record_name
 from sky_core.bench.record import Record
 from sky_core.bench.report import Settings, figure, finish
 from sky_core.bench.shape import Shape, find_shape
 from sky_core.errors import UserError
-
-AXES = ("length", "width", "depth", "batch", "vocabulary")
-FACTORS = (0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,12 @@ def run(
     if len(set(factors)) < 2:
         raise UserError("--factors: a power needs two different sizes at least")
     base = find_shape(shape, smoke=settings.smoke).at_length(length)
+    name = record_name(
+        "scaling", base.name, precision, "compiled" if compile else "",
+        device=default_device(), T=(length, LENGTH), B=(batch, BATCH), A=(names, AXES), F=(factors, FACTORS),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"scaling-{base.name}-{precision}"),
+        settings.options(name),
         what=f"exponents of a training step around {base.name}, {batch} x {length} tokens, {precision}",
         seeds=[0],
     )

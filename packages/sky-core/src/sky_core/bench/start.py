@@ -20,6 +20,8 @@ from typing import Any
 
 import click
 
+from sky_core.bench.ceilings import default_device
+from sky_core.bench.defaults import record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish
 from sky_core.errors import SkyError
@@ -38,7 +40,10 @@ def run(settings: Settings, *, starts: int, compile: bool) -> None:
     """Measure and record. Raises `SkyError` when a run fails."""
     if settings.smoke:
         starts = 1
-    record = Record(settings.options("start"), what="from process start to the end of the first training step")
+    record = Record(
+        settings.options(record_name("start", device=default_device())),
+        what="from process start to the end of the first training step",
+    )
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

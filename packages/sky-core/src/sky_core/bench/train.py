@@ -24,6 +24,7 @@ import torch
 from sky_core.bench.ceilings import Ceilings, default_device, synchronizer
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender
+from sky_core.bench.defaults import BATCH, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import Shape, find_shape
@@ -57,13 +58,17 @@ def run(
     names = ["ours", *peers]
     found = find_shape(shape, smoke=settings.smoke).at_length(length)
     how = f"{precision}, {'compiled' if compile else 'uncompiled'}"
+    device = default_device()
+    name = record_name(
+        "train", found.name, f"T{length}", precision, "" if compile else "eager",
+        device=device, B=(batch, BATCH),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"train-{found.name}-T{length}-{precision}{'' if compile else '-eager'}"),
+        settings.options(name),
         what=f"training {found.name}, {batch} x {length} tokens a step, {how}",
         seeds=[0],
         peers=distributions(names),
     )
-    device = default_device()
     ceilings = Ceilings(device, tuple({"fp32": None, precision: None}), small=settings.smoke).update()
 
     contenders, flops = build(found, names, device, length)

@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 
+from sky_core.bench import defaults
+from sky_core.bench.defaults import joined
+
 Command = Callable[..., None]
 
 
@@ -59,8 +62,8 @@ _PRECISION = click.option(
 _COMPILE = click.option(
     "--compile/--no-compile", default=True, show_default=True, help="Compile each contender as its users would."
 )
-_LENGTH = _count("--length", 512, "Tokens of a sequence.")
-_BATCH = _count("--batch", 4, "Sequences of a step.")
+_LENGTH = _count("--length", defaults.LENGTH, "Tokens of a sequence.")
+_BATCH = _count("--batch", defaults.BATCH, "Sequences of a step.")
 _ROUNDS = _count("--rounds", 5, "Times that each contender is timed.")
 
 
@@ -115,16 +118,19 @@ def memory(**options: Any) -> None:
 
 @bench.command()
 @_SHAPE
-@click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers(int), help="Rows, in turn.")
-@_count("--prompt", 16, "Tokens of a prompt; of the longest with --requests.")
-@_count("--new", 64, "Tokens to follow it; at most, with --requests.")
+@click.option(
+    "--batch", "batches", default=joined(defaults.BATCHES), show_default=True, callback=_numbers(int),
+    help="Rows, in turn.",
+)  # fmt: skip
+@_count("--prompt", defaults.PROMPT, "Tokens of a prompt; of the longest with --requests.")
+@_count("--new", defaults.NEW, "Tokens to follow it; at most, with --requests.")
 @_AGAINST
 @_PRECISION
 @click.option("--quantize", default="", help="Further formats of ours beside --precision: int8,int4.")
 @_COMPILE
 @_ROUNDS
 @click.option("--requests", type=click.IntRange(min=1), help="Measure so many requests of mixed length instead.")
-@_count("--rows", 8, "Requests that are decoded at a time, with --requests.")
+@_count("--rows", defaults.ROWS, "Requests that are decoded at a time, with --requests.")
 @_settings
 def decode(
     requests: int | None, rows: int, batches: list[int], prompt: int, new: int, quantize: str, **options: Any
@@ -144,8 +150,8 @@ def decode(
 
 
 @bench.command()
-@_count("--tokens", 50_000_000, "Tokens in the file.")
-@_count("--batch", 32, "Sequences of a batch.")
+@_count("--tokens", defaults.FILE_TOKENS, "Tokens in the file.")
+@_count("--batch", defaults.FILE_BATCH, "Sequences of a batch.")
 @_LENGTH
 @_count("--rounds", 21, "Times that each way is timed.")
 @_count("--batches", 100, "Batches of a timing.")
@@ -159,7 +165,7 @@ def load(**options: Any) -> None:
 
 @bench.command()
 @_SHAPE
-@_count("--batch-tokens", 16_384, "Tokens of the training step that an optimizer's share is of.")
+@_count("--batch-tokens", defaults.STEP_TOKENS, "Tokens of the training step that an optimizer's share is of.")
 @_LENGTH
 @_BATCH
 @_ROUNDS
@@ -211,11 +217,13 @@ def recipe(recipes_and_overrides: tuple[str, ...], **options: Any) -> None:
 @_SHAPE
 @_LENGTH
 @_BATCH
+@click.option("--axes", default=joined(defaults.AXES), show_default=True, help="What is varied, one at a time.")
 @click.option(
-    "--axes", default="length,width,depth,batch,vocabulary", show_default=True, help="What is varied, one at a time."
-)
-@click.option(
-    "--factors", default="0.25,0.5,1,2", show_default=True, callback=_numbers(float), help="Times the base's size."
+    "--factors",
+    default=joined(defaults.FACTORS),
+    show_default=True,
+    callback=_numbers(float),
+    help="Times the base's size.",
 )
 @_PRECISION
 @click.option("--compile/--no-compile", default=False, show_default=True, help="Compile the layers.")
