@@ -22,7 +22,7 @@ from sky_core.bench.shape import find_shape
 from sky_core.bench.student import paired, pairs_needed, t_quantile, within
 from sky_core.bench.timing import Rounds, interleave
 from sky_core.data.shards import ShardTokens
-from sky_core.errors import CheckFailed, UserError
+from sky_core.errors import CheckFailed, SkyError, UserError
 
 # --------------------------------------------------------------------------------------------- student
 
@@ -395,6 +395,25 @@ def test_a_start_is_timed_from_the_process_to_the_first_step(bench: Any, monkeyp
     assert found["compile time, warm cache"] == 10.0
 
 
+def test_a_cold_start_finds_no_compiled_code_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sky_core.bench import start
+    from sky_core.compilation import keep_compiled_code
+    from sky_core.files import cache_folder
+
+    def fail(command: list[str], *, env: dict[str, str], **_: Any) -> Any:
+        for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+            monkeypatch.setenv(name, env[name])
+        return subprocess.CompletedProcess(command, 1, "", "stopped")
+
+    for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "of the user"))
+    monkeypatch.setattr("subprocess.run", fail)
+    with pytest.raises(SkyError, match="stopped"):
+        start.seconds_to_first_step(tmp_path / "start", "cold")
+    for folder in (cache_folder("native"), Path(keep_compiled_code())):
+        assert folder.is_relative_to(tmp_path / "start")
+
+
 def test_the_first_step_of_a_run_is_when_its_metrics_say(lab: Any) -> None:
     from sky_core.bench.start import first_step
     from sky_core.run_directory import RunDirectory
@@ -419,6 +438,20 @@ def test_recipes_are_compared_seed_by_seed(lab: Any) -> None:
     (note,) = data["notes"]
     assert f"mean {statistics.fmean(differences):+.4f}" in note
     assert "95% interval" in note
+
+
+def test_a_warm_up_may_be_longer_than_the_steps_that_tell_the_speed(lab: Any) -> None:
+    from sky_core.bench.recipe import CALIBRATION_STEPS
+
+    lab.write(train={"dry_run": False}, schedule={"kind": "wsd", "warmup": CALIBRATION_STEPS + 1})
+    Path("other.yaml").write_text("extends: run.yaml\noptimizer: {lr: 1.0e-6}\n")
+    # Enough for a hundred steps of this model, more than the warm-up takes.
+    seldom = ["eval.every=9999", "checkpoint.every=null", "log.every=9999"]
+    command = ["bench", "recipe", "run.yaml", "other.yaml", *seldom, "--minutes", "0.01"]
+    told = lab.sky(*command, "--smoke", "--out", "out")
+    assert told.code == 0, told.err
+    (file,) = Path("out").glob("*.json")
+    assert {run["recipe"] for run in read(file)["runs"]} == {"run", "other"}
 
 
 def test_recipes_that_do_the_same_are_not_distinguishable() -> None:

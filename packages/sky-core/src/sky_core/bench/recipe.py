@@ -158,10 +158,11 @@ def _ending(run: Run, steps: int) -> list[str]:
 
 
 def _seconds_per_step(path: Path, fixed: Sequence[str]) -> float:
-    """The median time of a step after the first few."""
+    """The median time of a step after the first few. The schedule costs no time, and its warm-up may take more steps
+    than these."""
     click.echo(f"speed of {path.stem}: {CALIBRATION_STEPS} steps", err=True)
-    brief = [f"train.steps={CALIBRATION_STEPS}", "log.every=1", "eval.every=null", "checkpoint.every=null",
-             "sample.every=null"]  # fmt: skip
+    brief = [f"train.steps={CALIBRATION_STEPS}", "schedule=constant", "log.every=1", "eval.every=null",
+             "checkpoint.every=null", "sample.every=null"]  # fmt: skip
     directory = _finished(path, [*fixed, *brief])
     times = [line["time"] for line in directory.metrics() if "loss" in line]
     shutil.rmtree(directory.path)  # its checkpoints: one comparison makes many runs

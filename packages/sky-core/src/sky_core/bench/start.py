@@ -90,10 +90,11 @@ def run_file(smoke: bool) -> dict[str, Any]:
 def seconds_to_first_step(folder: Path, out: str, *overrides: str) -> float:
     """Start one run in `folder` and wait for its end. Raises `SkyError` with its last line when it fails."""
     click.echo(f"starting: {out}", err=True)
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    # The second is where native operators are kept, and inductor's code where the first is not set.
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "XDG_CACHE_HOME": str(folder / "home")}
     command = [sys.executable, "-m", "sky_core", "train", "run.yaml", f"out={out}", *overrides]
     began = time.time()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=os.environ | caches, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SkyError(f"the run to be timed failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     (directory,) = list_runs(folder / out)
