@@ -23,6 +23,7 @@ from sky_core.bench.student import paired, pairs_needed, t_quantile, within
 from sky_core.bench.timing import Rounds, interleave
 from sky_core.data.shards import ShardTokens
 from sky_core.errors import CheckFailed, SkyError, UserError
+from sky_core.model.decoder import DecoderLM
 
 # --------------------------------------------------------------------------------------------- student
 
@@ -250,6 +251,8 @@ def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
         ("decode --requests 5", "requests-tiny-bf16"),
         ("decode --requests 5 --rows 4 --no-compile", "requests-tiny-bf16-eager-R4"),
         ("load --tokens 1000 --length 64", "loading-M1000-T64"),
+        ("optimizer", "optimizer-tiny"),
+        ("optimizer --no-compile --batch-tokens 8192", "optimizer-tiny-eager-S8192"),
         ("scaling", "scaling-tiny-bf16"),
         ("scaling --compile --axes depth,batch --factors 0.5,1", "scaling-tiny-bf16-compiled-Adepth-batch-F0.5-1"),
     ],
@@ -354,12 +357,19 @@ def test_loading_is_not_timed_where_shards_give_other_sequences(lab: Any) -> Non
 
 
 def test_optimizers_take_their_share_of_a_step(bench: Any) -> None:
-    data = bench("optimizer")
+    data = bench("optimizer", "--no-compile")
     seconds = {run["what"]: run["seconds"] for run in data["runs"]}
     micro = data["sizes"]["batch_tokens"] / (data["sizes"]["batch"] * data["sizes"]["length"])
     own = zip(seconds["AdamW fused"], seconds["micro-batch"], strict=True)
     expected = statistics.median([step / (step + micro * rest) for step, rest in own])
     assert values(data)["AdamW fused: share of a training step"] == pytest.approx(expected)
+
+
+def test_a_share_is_of_a_compiled_step_unless_asked_otherwise(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[DecoderLM] = []
+    monkeypatch.setattr(DecoderLM, "compile_layers", compiled.append)
+    assert bench("optimizer")["sizes"]["compile"] is True
+    assert len(compiled) == 1
 
 
 def test_memory_is_that_of_a_process_of_its_own(bench: Any) -> None:

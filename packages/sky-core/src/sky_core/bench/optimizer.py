@@ -7,8 +7,8 @@
     Muon of torch        torch.optim.Muon on the same matrices, fused AdamW on the rest
 
 Each holds its own copy of the parameters; gradients are random. The rest of a training step (forward and backward of
-our model, bf16 where the machine multiplies it) is timed on one micro-batch of `batch` x `length` tokens in the same
-rounds and counted as often as the step of `batch_tokens` has micro-batches:
+our model as it is trained: its layers compiled, bf16 where the machine multiplies it) is timed on one micro-batch of
+`batch` x `length` tokens in the same rounds and counted as often as the step of `batch_tokens` has micro-batches:
 
     share = optimizer / (optimizer + batch_tokens / (batch length) * micro-batch)
 """
@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from sky_core.bench.ceilings import default_device, synchronizer
+from sky_core.bench.contenders.ours import Ours
+from sky_core.bench.defaults import BATCH, LENGTH, STEP_TOKENS, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import find_shape
@@ -38,34 +40,41 @@ TARGET_SHARE = 0.15
 Optimizers = list[torch.optim.Optimizer]
 
 
-def run(settings: Settings, *, shape: str | None, batch_tokens: int, length: int, batch: int, rounds: int) -> None:
+def run(
+    settings: Settings, *, shape: str | None, batch_tokens: int, length: int, batch: int, compile: bool, rounds: int
+) -> None:
     """Measure and record."""
     if settings.smoke:
         length, batch, batch_tokens, rounds = 16, 2, 128, 2
     found = find_shape(shape, smoke=settings.smoke).at_length(length)
+    device = default_device()
+    name = record_name(
+        "optimizer", found.name, "" if compile else "eager",
+        device=device, S=(batch_tokens, STEP_TOKENS), T=(length, LENGTH), B=(batch, BATCH),
+    )  # fmt: skip
     record = Record(
-        settings.options(f"optimizer-{found.name}"),
-        what=f"an optimizer step of {found.name}, of a training step of {batch_tokens:,} tokens",
+        settings.options(name),
+        what=f"an optimizer step of {found.name}, of a training step of {batch_tokens:,} tokens"
+        f"{', compiled' if compile else ''}",
         seeds=[0],
     )
-    device = default_device()
-    model = found.build().to(device)
+    ours = Ours(found.build(), device)
     precision = resolve_precision("auto", device)
+    ours.prepare_training(precision, compile=compile)
     tokens_BT, targets_BT = random_batch(found.vocab_size, batch, length, device)
 
     def forward_backward() -> None:
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = model.nll(model.hidden(tokens_BT), targets_BT) / targets_BT.numel()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
+        ours.accumulate(tokens_BT, targets_BT)
+        ours.model.zero_grad(set_to_none=True)
 
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in ours.model.named_parameters() if parameter.requires_grad]
     built = {name: build(_copies(named)) for name, build in CHOICES.items()}
     work: dict[str, Callable[[], object]] = {name: _step(optimizers) for name, optimizers in built.items()}
     work["micro-batch"] = forward_backward
     timed = interleave(
         work,
         rounds,
+        warmup=2 if compile else 1,
         synchronize=synchronizer(device),
         progress=turns(rounds),
     )
@@ -96,7 +105,7 @@ def run(settings: Settings, *, shape: str | None, batch_tokens: int, length: int
         settings,
         bars(f"an optimizer step of {found.name}", "ms", {name: spread(v) for name, v in milliseconds.items()}),
         sizes={"shape": found.name, "model": found.model.as_dict(), "vocabulary": found.vocab_size, "length": length,
-               "batch": batch, "batch_tokens": batch_tokens, "precision": precision},
+               "batch": batch, "batch_tokens": batch_tokens, "precision": precision, "compile": compile},
         runs=[{"what": name, "seconds": seconds} for name, seconds in timed.seconds.items()],
     )  # fmt: skip
 

@@ -168,6 +168,7 @@ def load(**options: Any) -> None:
 @_count("--batch-tokens", defaults.STEP_TOKENS, "Tokens of the training step that an optimizer's share is of.")
 @_LENGTH
 @_BATCH
+@click.option("--compile/--no-compile", default=True, show_default=True, help="Compile the layers, as in training.")
 @_ROUNDS
 @_settings
 def optimizer(**options: Any) -> None:

@@ -50,10 +50,14 @@ class Ours(Contender):
             total = self.model.nll(self.model.hidden(tokens_BT), targets_BT)
         return float(total) / targets_BT.numel()
 
-    def train_step(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> None:
+    def accumulate(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> None:
+        """Forward and backward, as in each micro-batch of a step."""
         batch = Batch(tokens_BT, targets_BT)
         loss = self.engine.loss_of(batch, last=True)
         self.engine.backward(loss.total / batch.n_targets())
+
+    def train_step(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> None:
+        self.accumulate(tokens_BT, targets_BT)
         self.engine.clip(CLIP)
         self.engine.update(skip=False)
 
