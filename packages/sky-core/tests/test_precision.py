@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from sky_core.bench import ceilings
 from sky_core.errors import ConfigError
-from sky_core.training import precision
+from sky_core.training import flops, precision
 from sky_core.training.flops import measure_peak_flops, mfu
 from sky_core.training.precision import resolve_precision
 
@@ -48,10 +50,55 @@ def test_another_word_is_an_error() -> None:
 def test_the_peak_is_measured_quickly_and_draws_no_random_number() -> None:
     state = torch.get_rng_state()
     started = time.perf_counter()
-    peak = measure_peak_flops("cpu", "fp32", shape=(64, 128, 128), seconds=0.02)
+    peak = measure_peak_flops("cpu", "fp32", shapes=[(64, 128, 128), (64, 64, 64)], seconds=0.02)
     assert time.perf_counter() - started < 1.0
     assert 1e7 < peak < 1e15
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_run_and_the_benchmarks_measure_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter(range(1, 100))
+    seen: list[tuple[flops.Shape, str]] = []
+
+    def planted(shape: flops.Shape, precision: str, *_: object) -> float:
+        seen.append((shape, precision))
+        return float(next(rates))
+
+    for module in (flops, ceilings):
+        monkeypatch.setattr(module, "product_flops", planted)
+    monkeypatch.setattr(ceilings, "MEMORY_BYTES", {"cpu": 2**20})
+    for kind in ("fp32", "bf16"):
+        assert measure_peak_flops("cpu", kind) == len(seen)  # the last and fastest
+        of_a_run, seen = seen, []
+        ceilings.Ceilings("cpu", (kind,), seconds=0.0).update()
+        assert seen == of_a_run
+        rates, seen = iter(range(1, 100)), []
+
+
+def test_the_peak_of_fp8_is_that_of_products_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, seen = torch._scaled_mm, []
+
+    def watched(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(a.dtype)
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    assert measure_peak_flops("cpu", "fp8", shapes=[(32, 32, 32)], seconds=0.0) > 0
+    assert set(seen) == {torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_the_peak_is_that_of_what_a_run_multiplies_in(precision: str, lab: Any) -> None:
+    asked: list[str] = []
+
+    def peak(device: torch.device, precision: str) -> float:
+        asked.append(precision)
+        return 1e9
+
+    lab.monkeypatch.setattr("sky_core.training.report.measure_peak_flops", peak)
+    lab.monkeypatch.setattr("sky_core.training.fp8.require_fp8", lambda device: None)  # torch emulates it on a CPU
+    lab.train(f"train.precision={precision}", "train.steps=2")
+    assert asked == [precision]
 
 
 def test_mfu_is_the_share_of_the_peak() -> None:

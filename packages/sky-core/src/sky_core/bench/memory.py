@@ -159,8 +159,9 @@ def perform(task: Task) -> Found:
     import torch
     import torch._dynamo
 
-    from sky_core.bench.ceilings import default_device, synchronizer
+    from sky_core.bench.ceilings import default_device
     from sky_core.bench.train import random_batch
+    from sky_core.training.flops import synchronizer
 
     preset: Any = parse_preset(task.shape)
     shape = Shape(preset.name, preset.model, preset.vocab_size)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sky_core.bench.ceilings import default_device, synchronizer
+from sky_core.bench.ceilings import default_device
 from sky_core.bench.contenders.ours import Ours
 from sky_core.bench.defaults import BATCH, LENGTH, STEP_TOKENS, record_name
 from sky_core.bench.record import Record, spread
@@ -30,6 +30,7 @@ from sky_core.bench.shape import find_shape
 from sky_core.bench.timing import interleave
 from sky_core.bench.train import random_batch
 from sky_core.components.optimization import AdamW, Muon
+from sky_core.training.flops import synchronizer
 from sky_core.training.groups import Named
 from sky_core.training.muon import split
 from sky_core.training.precision import resolve_precision

@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 
-from sky_core.bench.ceilings import Ceilings, default_device, synchronizer
+from sky_core.bench.ceilings import Ceilings, default_device
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender
 from sky_core.bench.defaults import BATCH, record_name
@@ -30,6 +30,7 @@ from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import Shape, find_shape
 from sky_core.bench.timing import interleave
 from sky_core.errors import CheckFailed
+from sky_core.training.flops import synchronizer
 
 WEIGHTS = 1e-5
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}

@@ -59,6 +59,8 @@ class Engine(ABC):
     device: torch.device
     precision: str
     """fp32 or bf16: what the forward pass computes in. Parameters and optimizer state stay fp32."""
+    fp8: bool = False
+    """Whether linear layers of blocks multiply in fp8 beneath that."""
 
     @property
     def is_main(self) -> bool:

@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
         x8_NK, x_scale = quantize(x_NK, FORWARD)
         w8_MK, w_scale = quantize(w_MK, FORWARD)
         ctx.save_for_backward(x8_NK, x_scale, w8_MK, w_scale)
-        return _scaled(x8_NK, w8_MK, x_scale, w_scale, torch.bfloat16)
+        return scaled_product(x8_NK, w8_MK, x_scale, w_scale, torch.bfloat16)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -79,9 +79,9 @@ class _Product(torch.autograd.Function):
         g8_NM, g_scale = quantize(gradients[0], BACKWARD)
         dx_NK = dw_MK = None
         if ctx.needs_input_grad[0]:
-            dx_NK = _scaled(g8_NM, w8_MK.T.contiguous(), g_scale, w_scale, torch.bfloat16)
+            dx_NK = scaled_product(g8_NM, w8_MK.T.contiguous(), g_scale, w_scale, torch.bfloat16)
         if ctx.needs_input_grad[1]:
-            dw_MK = _scaled(g8_NM.T.contiguous(), x8_NK.T.contiguous(), g_scale, x_scale, torch.float32)
+            dw_MK = scaled_product(g8_NM.T.contiguous(), x8_NK.T.contiguous(), g_scale, x_scale, torch.float32)
         return dx_NK, dw_MK
 
 
@@ -92,7 +92,7 @@ def quantize(z: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Te
     return (z.float() / scale).clamp(-largest, largest).to(kind), scale
 
 
-def _scaled(
+def scaled_product(
     a_IK: torch.Tensor, b_JK: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """s_a s_b a bᵀ: the hardware wants the first factor by rows and the second by columns."""

@@ -103,7 +103,8 @@ class Report:
         if not step % self.every or step in (1, self.trainer.fit.steps):
             self._log(step, metrics)
         if self.peak_flops is None:  # the first step of a process is slow: it is in no average, nor waits for this
-            self.peak_flops = measure_peak_flops(self.trainer.engine.device, self.trainer.engine.precision)
+            engine = self.trainer.engine
+            self.peak_flops = measure_peak_flops(engine.device, "fp8" if engine.fp8 else engine.precision)
             log.info("matrix product at %.0f GFLOP/s", self.peak_flops / 1e9)
             self.meter = Throughput(self.trainer.fit.steps, step)
 
