@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,9 @@ from sky_core.bench.student import paired, pairs_needed, t_quantile, within
 from sky_core.bench.timing import Rounds, interleave
 from sky_core.data.shards import ShardTokens
 from sky_core.errors import CheckFailed, SkyError, UserError
+from sky_core.model.cache import Cache
 from sky_core.model.decoder import DecoderLM
+from sky_core.model.language_model import LanguageModel
 
 # --------------------------------------------------------------------------------------------- student
 
@@ -340,6 +344,27 @@ def test_requests_are_answered_in_full(bench: Any) -> None:
     assert values(data)["ours: useful tokens"] == pytest.approx(useful / statistics.median(run["seconds"]))
 
 
+@pytest.mark.parametrize("what", ["--batch 1,2 --quantize int8", "--requests 5"])
+def test_compiled_steps_that_compute_something_else_are_not_timed(
+    what: str, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(model: DecoderLM, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return LanguageModel.step(model, tokens_B, cache) * (1 + error * (len(tokens_B) == 2))
+
+    monkeypatch.setattr(DecoderLM, "compile_decoding", lambda model: None)
+    monkeypatch.setattr(DecoderLM, "step", planted)
+    command = ["bench", "decode", "--smoke", "--against", "none", "--precision", "fp32", *what.split(), "--out", "out"]
+    error = 0.0
+    assert lab.sky(*command).code == 0
+    shutil.rmtree("out")
+    error = 1e-3
+    told = lab.sky(*command)
+    assert told.code == 4
+    assert "compiled steps of 2 rows do not compute what uncompiled ones do" in told.errors[-1]
+    assert "relative (tolerance 1e-04); nothing was timed" in told.errors[-1]
+    assert not Path("out").exists()
+
+
 def test_loading_is_measured_against_nanogpt(bench: Any) -> None:
     found = values(bench("load"))
     assert {"token files against nanoGPT", "tar shards against nanoGPT"} <= found.keys()
@@ -366,10 +391,10 @@ def test_optimizers_take_their_share_of_a_step(bench: Any) -> None:
 
 
 def test_a_share_is_of_a_compiled_step_unless_asked_otherwise(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[DecoderLM] = []
-    monkeypatch.setattr(DecoderLM, "compile_layers", compiled.append)
+    compiled = []
+    monkeypatch.setattr(DecoderLM, "compile_layers", lambda model: compiled.append(type(model)))
     assert bench("optimizer")["sizes"]["compile"] is True
-    assert len(compiled) == 1
+    assert compiled == [DecoderLM]
 
 
 def test_memory_is_that_of_a_process_of_its_own(bench: Any) -> None:

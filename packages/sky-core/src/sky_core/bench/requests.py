@@ -5,7 +5,8 @@ places that admits a request as soon as a row ends. transformers' `generate` tak
 time, padded on the left, and decodes until the longest output of the batch is there: what its users write. Only tokens
 that somebody asked for count (useful tokens per second).
 
-Before anything is timed both answer the same requests in fp32: the texts must be equal, token by token.
+Before anything is timed both answer the same requests in fp32: the texts must be equal, token by token. Then our
+compiled steps are held to uncompiled ones in the precision that is timed, for each number of rows (`decode.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from typing import Any
 import click
 import torch
 
-from sky_core.bench.ceilings import default_device, synchronizer
+from sky_core.bench.ceilings import default_device
 from sky_core.bench.contenders import contender, distributions, peers_of
 from sky_core.bench.contenders.base import Contender
 from sky_core.bench.contenders.ours import Ours
-from sky_core.bench.decode import first_difference, with_static
+from sky_core.bench.decode import first_difference, same_logits, with_static
 from sky_core.bench.defaults import NEW, PROMPT, ROWS, record_name
 from sky_core.bench.record import Record, spread
 from sky_core.bench.report import Settings, bars, finish, turns
 from sky_core.bench.shape import find_shape
 from sky_core.bench.timing import interleave
 from sky_core.errors import CheckFailed, UserError
+from sky_core.training.flops import synchronizer
 
 TARGET_RATIO = 3.0
 """Of the issue on speed: useful tokens per second against transformers' batched generate."""
@@ -84,9 +86,13 @@ def run(
                 f" {difference[2]} there and {difference[3]} here (fp32, greedy); nothing was timed"
             )
         one.close()
-    ways = {name: contender(name)(model, device) for name in names}
+    ours = Ours(model, device)
+    ways = {"ours": ours} | {name: contender(name)(model, device) for name in peers}
     for one in ways.values():
         one.prepare_decoding(precision, compile=compile, batch=rows, length=length)
+    if compile:
+        counts = sorted({min(rows, ours.model.rows_of_step(running)) for running in range(1, rows + 1)})
+        same_logits(ours, "ours", precision, counts, 1, max(len(text) + n for text, n in asked))
     timed = interleave(
         {name: _answers(one, asked, rows) for name, one in ways.items()},
         rounds,

@@ -135,7 +135,7 @@ def memory(**options: Any) -> None:
 def decode(
     requests: int | None, rows: int, batches: list[int], prompt: int, new: int, quantize: str, **options: Any
 ) -> None:
-    """Decoding: tokens/s and the share of the memory's limit. Greedy texts must agree in fp32 before it is timed."""
+    """Decoding: tokens/s and the share of the memory's limit. Texts and compiled steps must agree before that."""
     if requests is not None:
         if quantize:
             raise click.UsageError("--quantize does not go with --requests")

@@ -19,6 +19,7 @@ from sky_core.components.optimization import AdamW
 from sky_core.data.dataset import Batch
 from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
+from sky_core.model.language_model import LanguageModel
 from sky_core.quantization import FORMATS, QuantizedLinear, quantize_
 from sky_core.training.engine import LocalEngine, Step
 from sky_core.training.objective import NextToken
@@ -84,6 +85,28 @@ class Ours(Contender):
         ids = [generator.submit(prompt, max_new_tokens=n, sampler=greedy) for prompt, n in requests]
         found = generator.run()
         return [found[one][0].tokens for one in ids]
+
+    def error_of_compiled_steps(self, rows: int, prompt: int, length: int) -> float:
+        """How far the logits of compiled steps are from those of uncompiled ones with the same weights: the root of
+        the sum of squared differences over the sum of squares.
+
+        Both are given the same random texts of up to `length` tokens, token by token behind the first `prompt` of them.
+        """
+        generator = torch.Generator().manual_seed(3)
+        tokens_BT = torch.randint(self.vocab_size, (rows, length), generator=generator).to(self.device)
+        ends_B1 = prompt - torch.arange(rows, device=self.device)[:, None] % prompt  # rows of several lengths
+        valid_BT = torch.arange(prompt, device=self.device) < ends_B1
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with torch.inference_mode():
+            compiled, plain = (self.model.new_cache(rows, length) for _ in range(2))
+            for cache in (compiled, plain):
+                self.model.hidden(tokens_BT[:, :prompt], valid_BT=valid_BT, cache=cache)
+            for tokens_B in tokens_BT[:, prompt:].unbind(1):
+                expected_BV = LanguageModel.step(self.model, tokens_B, plain).double()
+                error_BV = self.model.step(tokens_B, compiled) - expected_BV
+                squares += torch.stack([error_BV.square().sum(), expected_BV.square().sum()])
+        error, size = squares.sqrt().tolist()
+        return float(error / size)
 
     def _head_is_embedding(self) -> bool:
         return self.model.lm_head is None
