@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from sky_core.bench.compare import fallen, fell
 from sky_core.bench.record import Options, Record, repository, source_state, spread
@@ -363,6 +364,22 @@ def test_compiled_steps_that_compute_something_else_are_not_timed(
     assert "compiled steps of 2 rows do not compute what uncompiled ones do" in told.errors[-1]
     assert "relative (tolerance 1e-04); nothing was timed" in told.errors[-1]
     assert not Path("out").exists()
+
+
+def test_the_graphs_that_are_compared_are_those_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sky_core.bench.contenders.ours import Ours
+
+    counter, compile_decoding = CompileCounter(), DecoderLM.compile_decoding
+    monkeypatch.setattr(DecoderLM, "compile_decoding", lambda model: compile_decoding(model, backend=counter))
+    ours = Ours(find_shape(None, smoke=True).build(), "cpu")
+    ours.prepare_decoding("fp32", compile=True, batch=3, length=9)
+    for rows in (1, 2, 3):
+        # fp32 sums in another order: the operators of few rows against torch's.
+        assert ours.error_of_compiled_steps(rows, 4, 9) < 1e-5
+    compiled = counter.frame_count
+    assert [len(text) for text in ours.generate([[1, 2, 3, 4]] * 3, 5)] == [5, 5, 5]
+    assert [len(text) for text in ours.serve([([1, 2, 3], 4), ([4], 2), ([5, 6, 7, 8], 5)], 3)] == [4, 2, 5]
+    assert counter.frame_count == compiled == 3
 
 
 def test_loading_is_measured_against_nanogpt(bench: Any) -> None:

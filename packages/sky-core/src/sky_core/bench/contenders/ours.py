@@ -1,6 +1,6 @@
 """Ours: the engine that the trainer drives, and the token loop that `sky sample` drives.
 
-B batch, T time (tokens).
+B batch, T time (tokens), V vocabulary.
 """
 
 from __future__ import annotations
@@ -93,15 +93,16 @@ class Ours(Contender):
         Both are given the same random texts of up to `length` tokens, token by token behind the first `prompt` of them.
         """
         generator = torch.Generator().manual_seed(3)
-        tokens_BT = torch.randint(self.vocab_size, (rows, length), generator=generator).to(self.device)
-        ends_B1 = prompt - torch.arange(rows, device=self.device)[:, None] % prompt  # rows of several lengths
-        valid_BT = torch.arange(prompt, device=self.device) < ends_B1
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         with torch.inference_mode():
+            # Made in here and contiguous for each step, as in a `Generator`: else graphs of their own serve them.
+            tokens_TB = torch.randint(self.vocab_size, (length, rows), generator=generator).to(self.device)
+            ends_B1 = prompt - torch.arange(rows, device=self.device)[:, None] % prompt  # rows of several lengths
+            valid_BT = torch.arange(prompt, device=self.device) < ends_B1
+            squares = torch.zeros(2, dtype=torch.float64, device=self.device)
             compiled, plain = (self.model.new_cache(rows, length) for _ in range(2))
             for cache in (compiled, plain):
-                self.model.hidden(tokens_BT[:, :prompt], valid_BT=valid_BT, cache=cache)
-            for tokens_B in tokens_BT[:, prompt:].unbind(1):
+                self.model.hidden(tokens_TB[:prompt].T, valid_BT=valid_BT, cache=cache)
+            for tokens_B in tokens_TB[prompt:]:
                 expected_BV = LanguageModel.step(self.model, tokens_B, plain).double()
                 error_BV = self.model.step(tokens_B, compiled) - expected_BV
                 squares += torch.stack([error_BV.square().sum(), expected_BV.square().sum()])
