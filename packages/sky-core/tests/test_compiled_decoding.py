@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
+from sky_core import native
 from sky_core.bench.shape import id_tokenizer
 from sky_core.components.generation import Sample
 from sky_core.components.model import Decoder
@@ -16,6 +21,7 @@ from sky_core.errors import UserError
 from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
 from sky_core.model import decoding
+from sky_core.model.adapter import Attached
 from sky_core.model.decoder import DecoderLM
 from sky_core.model.norm import RMSNorm
 from sky_core.quantization import quantize_
@@ -31,7 +37,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
     "moe": {"feedforward": {"kind": "moe", "n_experts": 4, "top_k": 2, "d_ff": 24}, "position": "alibi"},
+    "wide": {"n_layer": 1, "d_model": 64, "n_head": 2, "n_kv_head": 1},  # heads that the native attention takes
 }
+
+
+def uninduced() -> dict[str, Any]:
+    """As compiled by default, but for inductor, which takes seconds."""
+    return {"backend": "eager", "options": {"guard_filter_fn": decoding._guards_of_inputs}}
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 def build(kind: str = "llama", **more: Any) -> DecoderLM:
@@ -60,7 +75,6 @@ def logits_of(model: DecoderLM, rows: int, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_gives_the_logits_of_an_uncompiled_step(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SLOTS", 8)
-    torch._dynamo.reset()
     plain, compiled = build(kind), build(kind)
     compiled.compile_decoding(backend="eager")
     # The same products in another order of summation, in fp32.
@@ -69,7 +83,6 @@ def test_a_graph_gives_the_logits_of_an_uncompiled_step(kind: str, rows: int, mo
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_cuda_graph_gives_the_same_logits_with_one_cache_after_the_other() -> None:
-    torch._dynamo.reset()
     plain, compiled = build().cuda(), build().cuda()
     compiled.compile_decoding()
     with torch.device("cuda"):
@@ -77,9 +90,23 @@ def test_a_cuda_graph_gives_the_same_logits_with_one_cache_after_the_other() -> 
             torch.testing.assert_close(logits_of(compiled, 3, steps), logits_of(plain, 3, steps), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_any_number_of_caches_is_served_by_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "STORAGES", 2)
+    plain, compiled = build(n_layer=1).cuda(), build(n_layer=1).cuda()
+    compiled.compile_decoding()
+    with torch.device("cuda"), torch.inference_mode():
+        alive = [(plain.new_cache(1, 40), compiled.new_cache(1, 40)) for _ in range(5)]  # no two at one address
+        for one, other in alive:
+            for token in (1, 2, 3):
+                token_B = torch.tensor([token])
+                torch.testing.assert_close(
+                    compiled.step(token_B, other), plain.step(token_B, one), rtol=1e-4, atol=1e-4
+                )
+
+
 def test_a_graph_serves_until_the_next_slots_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "SLOTS", 8)
-    torch._dynamo.reset()
     model, counter = build(), CompileCounter()
     model.compile_decoding(backend=counter)
     graphs = []
@@ -90,7 +117,6 @@ def test_a_graph_serves_until_the_next_slots_are_needed(monkeypatch: pytest.Monk
 
 
 def test_generated_tokens_are_the_same() -> None:
-    torch._dynamo.reset()
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
     plain, compiled = build(), build()
     compiled.compile_decoding(backend="eager")
@@ -100,7 +126,6 @@ def test_generated_tokens_are_the_same() -> None:
 
 
 def test_few_numbers_of_rows_serve_all() -> None:
-    torch._dynamo.reset()
     model, counter = build(), CompileCounter()
     model.compile_decoding(backend=counter)
     prompts = [[1, 2, 3]] * 7  # which end one after the other
@@ -111,9 +136,187 @@ def test_few_numbers_of_rows_serve_all() -> None:
     assert counter.frame_count == 4  # 7 (all there are), 4, 2 and 1
 
 
+def test_there_are_as_many_graphs_as_a_row_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SLOTS", 8)
+    model, counter = build(n_layer=1), CompileCounter()
+    model.compile_decoding(backend=counter)
+    with torch._dynamo.config.patch(recompile_limit=2):  # of a function; torch's own is 8
+        logits_of(model, 1, 20)
+    assert counter.frame_count == 4  # 6 to 26 tokens: 8, 16, 24 and 32 slots
+
+
+def test_idle_places_do_not_lengthen_a_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(decoding, "SLOTS", 8)
+    greedy: dict[str, Any] = {"sampler": Sample(temperature=0.0)}
+    short, found = [[i, i + 1] for i in range(3)], []
+    for model in (build(n_layer=1), build(n_layer=1)):
+        if found:
+            model.compile_decoding(backend="eager")
+        generator = Generator(model, id_tokenizer(50), rows=4, remember=True)
+        for prompt in (*short, [*range(30)]):  # the last place is left with 30 tokens in it
+            generator.submit(prompt, max_new_tokens=1, **greedy)
+        generator.run()
+        with caplog.at_level(logging.INFO, logger=decoding.log.name):
+            ids = [generator.submit(prompt, max_new_tokens=4, **greedy) for prompt in short]
+            results = generator.run()
+        found.append([results[one][0].tokens for one in ids])
+        assert generator._pool.likest([*range(30), 7])[1] == 30  # and still holds what it held
+        again = generator.submit([*range(30), 7], max_new_tokens=4, **greedy)
+        found[-1].append(generator.run()[again][0].tokens)
+    assert found[0] == found[1]
+    assert "compiling a decoding step of 4 rows over 8 slots" in caplog.messages
+    assert not any("4 rows over 32" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"attention": {"kind": "full", "window": 3}},
+        {"norm": {"kind": "rmsnorm", "eps": 0.5}},
+        {"feedforward": "geglu"},
+        {"position": {"kind": "rope", "interleaved": True}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_models_of_equal_shapes_have_their_own_graphs(other: dict[str, Any]) -> None:
+    for options in ({}, other):
+        plain, compiled = build(n_layer=1, **options), build(n_layer=1, **options)
+        compiled.compile_decoding(**uninduced())
+        torch.testing.assert_close(logits_of(compiled, 1, 2), logits_of(plain, 1, 2), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_every_model_is_compiled_with_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **o: given.append(dict(o["options"])) or compile_(*a, **o))
+    for cap in (None, 1.0):
+        plain, compiled = build(n_layer=1, logit_softcap=cap), build(n_layer=1, logit_softcap=cap)
+        compiled.compile_decoding()
+        torch.testing.assert_close(logits_of(compiled, 1, 2), logits_of(plain, 1, 2), rtol=1e-4, atol=1e-4)
+    assert given[0] == given[1]
+    assert given[0]["guard_filter_fn"] is decoding._guards_of_inputs
+
+
+def adapt(model: DecoderLM) -> None:
+    Attached(model, torch.nn.Module()).linear(model.layers[0].mlp.up_proj, lambda x, y: 3 * y)  # type: ignore[union-attr, arg-type]
+
+
+def test_what_changes_a_model_changes_its_graph() -> None:
+    plain, compiled = build(n_layer=1, dropout=0.5), build(n_layer=1, dropout=0.5)
+    compiled.compile_decoding(**uninduced())
+    changes: list[Callable[[DecoderLM], Any]] = [
+        lambda model: model.train(),
+        lambda model: model.eval(),
+        lambda model: model.layers.__setitem__(0, build(n_layer=1, norm={"kind": "rmsnorm", "eps": 0.5}).layers[0]),
+        adapt,
+        lambda model: model.adapters[0].detach(),
+        lambda model: quantize_(model, "int8"),
+    ]
+    seen = [logits_of(compiled, 1, 2)]
+    for change in changes:
+        for model in (plain, compiled):
+            change(model)
+        seen.append(logits_of(compiled, 1, 2))
+        if not compiled.training:
+            torch.testing.assert_close(seen[-1], logits_of(plain, 1, 2), rtol=0.02, atol=0.02)  # int8 rounds inputs
+        assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
+    model = build(n_layer=1)
+    model.compile_decoding(**uninduced())
+    before = logits_of(model, 1, 2)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    plain = build(n_layer=1)
+    plain.load_state_dict(other.state_dict())
+    torch.testing.assert_close(logits_of(other, 1, 2), logits_of(plain, 1, 2), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits_of(model, 1, 2), before)
+
+
+def test_a_model_that_is_not_one_graph_is_refused() -> None:
+    model = build(n_layer=1)
+    model.layers[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    model.compile_decoding(backend="eager")
+    with pytest.raises(UserError, match=r"this model is not one graph .* decode without compiling"):
+        logits_of(model, 1, 1)
+
+
+def linear_calls() -> dict[str, tuple[Any, ...]]:
+    x, weight = torch.randn(2, 1, 8), torch.randn(5, 8)
+    return {
+        "many rows": (torch.randn(3, 3, 8), weight),
+        "no rows": (torch.randn(0, 8), weight),
+        "one vector": (x[0, 0], weight),
+        "a weight that is a vector": (x, weight[0]),
+        "a weight turned over": (x, torch.randn(8, 5).T),
+        "float64": (x.double(), weight.double()),
+        "a bias": (x, weight, torch.randn(5)),
+    }
+
+
+@pytest.mark.parametrize("kind", linear_calls())
+@pytest.mark.skipif(not native.load(), reason="there are no native operators")
+def test_any_product_of_a_layer_is_computed(kind: str) -> None:
+    torch.manual_seed(0)
+    x, weight, *bias = linear_calls()[kind]
+    ways = [
+        lambda: F.linear(x, weight, *bias),
+        lambda: F.linear(input=x, weight=weight, **({"bias": bias[0]} if bias else {})),
+    ]
+    with decoding._FewRows():
+        found = [way() for way in ways]
+    for y in found:
+        torch.testing.assert_close(y, ways[0](), rtol=1e-4, atol=1e-4)
+
+
+def attention_calls() -> dict[str, dict[str, Any]]:
+    mask = torch.randn(2, 1, 3, 7)
+    return {
+        "nothing": {},
+        "a mask": {"attn_mask": mask},
+        "a mask and a scale": {"attn_mask": mask, "scale": 0.1},
+        "a mask of booleans": {"attn_mask": mask > 0},
+        "a mask of one column": {"attn_mask": mask[..., :1]},
+        "a mask turned over": {"attn_mask": torch.randn(7, 3).T},
+        "no future": {"is_causal": True},
+    }
+
+
+@pytest.mark.parametrize("width", [32, 40])
+@pytest.mark.parametrize("kind", attention_calls())
+@pytest.mark.skipif(not native.load(), reason="there are no native operators")
+def test_any_attention_of_a_layer_is_computed(kind: str, width: int) -> None:
+    torch.manual_seed(0)
+    options = attention_calls()[kind]
+    q, k, v = torch.randn(2, 4, 3, width), torch.randn(2, 4, 7, width), torch.randn(2, 4, 7, width)
+    for qkv in ((q, k, v), (q[0], k[0], v[0]), (q, k[:, :1], v[:, :1]), (q, k.mT.contiguous().mT, v)):
+        shared = qkv[0].dim() == 3 and "attn_mask" in options
+        own = options | ({"attn_mask": options["attn_mask"].broadcast_to(2, 1, 3, 7)[0]} if shared else {})
+        with decoding._FewRows():
+            found = F.scaled_dot_product_attention(*qkv, **own)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(*qkv, **own), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.load(), reason="there are no native operators")
+def test_a_step_is_made_of_native_operators() -> None:
+    called: list[str] = []
+    model = build("wide")
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    model.compile_decoding(backend=backend)
+    logits_of(model, 1, 1)
+    assert sum("few_queries" in name for name in called) == 1
+    assert sum("few_rows" in name for name in called) == 8  # q, k, v, o; gate, up, down; the head
+
+
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_quantised_weights_are_decoded_in_a_graph(form: str) -> None:
-    torch._dynamo.reset()
     plain, compiled = build(), build()
     for model in (plain, compiled):
         quantize_(model, form)
@@ -121,9 +324,8 @@ def test_quantised_weights_are_decoded_in_a_graph(form: str) -> None:
     torch.testing.assert_close(logits_of(compiled, 1, 4), logits_of(plain, 1, 4), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 def test_inductor_multiplies_one_row_in_bf16() -> None:
-    torch._dynamo.reset()
     exact = logits_of(build(n_layer=1).double(), 1, 3)
     compiled = build(n_layer=1).to(torch.bfloat16)
     compiled.compile_decoding()
@@ -133,7 +335,6 @@ def test_inductor_multiplies_one_row_in_bf16() -> None:
 
 
 def test_a_full_cache_is_told_in_one_line() -> None:
-    torch._dynamo.reset()
     model = build()
     model.compile_decoding(backend="eager")
     with pytest.raises(ValueError, match="room for 40 tokens per row"):

@@ -186,7 +186,7 @@ class Generator:
         idle = self._pool.cache.lengths[len(tokens) : rows]
         tokens_B = torch.tensor(tokens + [0] * len(idle), device=self._device)
         with self._pool.places(0, rows) as cache:
-            logits_BV = self.model.step(tokens_B, cache)[: len(tokens)]
+            logits_BV = self.model.step(tokens_B, cache, idle=len(idle))[: len(tokens)]
         self._pool.cache.lengths[len(tokens) : rows] = idle
         pieces = self._take(self._running, logits_BV)
         self._settle()

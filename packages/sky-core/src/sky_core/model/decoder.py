@@ -186,18 +186,18 @@ class DecoderLM(LanguageModel):
         with self._pass(ctx, embedding_BTD):
             return self._run(self.mtp[depth], ctx, hidden_BTD, embedding_BTD)
 
-    def step(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def step(self, tokens_B: torch.Tensor, cache: Cache, *, idle: int = 0) -> torch.Tensor:
         if self._decoding is None:
-            return super().step(tokens_B, cache)
+            return super().step(tokens_B, cache, idle=idle)
         if self.context_hooks:
             raise UserError("compiled decoding knows no key/value prefixes: detach the adapter, or do not compile")
-        return self._decoding(tokens_B, cache)
+        return self._decoding(tokens_B, cache, idle)
 
     def rows_of_step(self, rows: int) -> int:
         return rows if self._decoding is None else 1 << (rows - 1).bit_length()  # few graphs: 1, 2, 4, 8 ... rows
 
     def compile_decoding(self, **options: Any) -> None:
-        self._decoding = CompiledStep(self._next_logits, self.embed_tokens.weight.device, **options)
+        self._decoding = CompiledStep(self, self._next_logits, **options)
 
     def _next_logits(self, ctx: Context) -> torch.Tensor:
         """logits_BV behind the last token of a pass that only fills the cache."""

@@ -71,8 +71,11 @@ class LanguageModel(nn.Module, ABC):
         Raises `ValueError` when the tokens do not fit `max_length` or the cache, or the options contradict each other.
         """
 
-    def step(self, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """logits_BV of what follows one more token of each row, which the cache takes in."""
+    def step(self, tokens_B: torch.Tensor, cache: Cache, *, idle: int = 0) -> torch.Tensor:
+        """logits_BV of what follows one more token of each row, which the cache takes in.
+
+        The last `idle` rows only fill up a number of rows that is best (`rows_of_step`): nobody reads their logits.
+        """
         return self.logits(self.hidden(tokens_B[:, None], cache=cache))[:, 0]
 
     def rows_of_step(self, rows: int) -> int:
