@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from sky_core import api
@@ -13,8 +16,10 @@ from sky_core.cli.sample import sample
 from sky_core.errors import UserError
 from sky_core.generation import drafts
 from sky_core.generation.text import generate
+from sky_core.model.cache import Cache
 from sky_core.model.language_model import LanguageModel
 from sky_core.tokenizer.byte import ByteTokenizer
+from sky_core.training import precision
 
 BYTES = ByteTokenizer()
 
@@ -70,6 +75,53 @@ def test_a_draft_gives_the_same_greedy_text(
 def test_a_draft_that_cannot_serve_is_refused() -> None:
     with pytest.raises(UserError, match="no modules of multi-token prediction"):
         run("--prompt", "a", "--draft", "mtp")
+
+
+def test_a_draft_and_compiling_are_not_had_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "load", lambda source: pytest.fail("loaded"))
+    result = CliRunner().invoke(sample, ["a-run", "--compile", "--draft", "lookup"])
+    assert result.exit_code == 2
+    assert "--compile compiles steps of one token" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "hardware", "dtype"),
+    [
+        ([], "AMX", torch.float32),
+        (["--precision", "bf16"], None, torch.bfloat16),
+        (["--precision", "auto"], "AMX", torch.bfloat16),
+        (["--precision", "auto"], None, torch.float32),
+        (["--precision", "bf16", "--quantize", "int8"], None, torch.bfloat16),
+        (["--precision", "bf16", "--draft", "lookup"], None, torch.bfloat16),
+        (["--precision", "bf16", "--draft", "other"], None, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_precision_is_that_of_weights_and_cache(
+    tiny_model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flags: list[str],
+    hardware: str | None,
+    dtype: torch.dtype,
+) -> None:
+    model, seen = copy.deepcopy(tiny_model), set[torch.dtype]()
+    monkeypatch.setattr(api, "load", lambda source: (model, BYTES))
+    monkeypatch.setattr(drafts, "load", lambda source: (tiny_model, BYTES))
+    monkeypatch.setattr(precision, "bf16_hardware", lambda *device: hardware)
+    new_cache = model.new_cache
+
+    def seeing(*arguments: int) -> Cache:
+        cache = new_cache(*arguments)
+        seen.update(tensor.dtype for tensor in cache.tensors())
+        return cache
+
+    monkeypatch.setattr(model, "new_cache", seeing)
+    with caplog.at_level(logging.INFO, logger=precision.log.name):
+        text = run("--prompt", "to be", "--max-new-tokens", "8", *flags)
+    assert text.startswith("to be")
+    assert seen == {dtype}
+    assert sum("precision" in message for message in caplog.messages) == bool(flags)
 
 
 def test_several_samples_are_told_apart() -> None:

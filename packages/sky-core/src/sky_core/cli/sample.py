@@ -30,6 +30,13 @@ from sky_core.cli.quiet import quiet
 @click.option("--draft", help="Guess ahead with a smaller run of the same tokenizer, or with: lookup, mtp.")
 @click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Tokens to guess ahead.")
 @click.option("--quantize", metavar="FORMAT", help="Weights in fewer bits, faster on CPUs: int8, int4 (group-wise).")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What weights and cache are held and multiplied in; auto: bf16 where the hardware has it (faster).",
+)
 @click.option("--compile", "compiled", is_flag=True, help="Compile decoding: up to a minute once, then faster.")
 @click.option("--stream/--no-stream", default=True, help="Show text as it comes (one sample only).")
 @click.option("--json", "as_json", is_flag=True, help="Print prompt, text, tokens, log-probabilities and why it ended.")
@@ -49,6 +56,7 @@ def sample(
     draft: str | None,
     draft_tokens: int,
     quantize: str | None,
+    precision: str,
     compiled: bool,
     stream: bool,
     as_json: bool,
@@ -58,9 +66,14 @@ def sample(
     Without a prompt the text starts as a document does. With --draft one pass of RUN may bring several tokens; the
     text is distributed as without it, and a line at the end says how many guesses were right.
     """
+    if compiled and draft is not None:
+        raise click.UsageError("--compile compiles steps of one token, and --draft takes none: leave one of them out")
+
     import json
     from dataclasses import asdict
     from itertools import chain, islice
+
+    import torch
 
     from sky_core.api import load
     from sky_core.errors import UserError
@@ -68,6 +81,7 @@ def sample(
     from sky_core.generation.drafts import make_draft
     from sky_core.generation.text import encode_prompts, make_sampler
     from sky_core.quantization import quantize_
+    from sky_core.training.precision import resolve_precision
 
     sampler = make_sampler(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -84,6 +98,9 @@ def sample(
         guesser = None if draft is None else make_draft(draft, tokenizer, draft_tokens)
     if quantize is not None:
         quantize_(model, quantize)
+    if precision != "fp32" and resolve_precision(precision, next(model.parameters()).device) == "bf16":
+        for module in (model, *(attached.module for attached in model.adapters)):
+            module.to(torch.bfloat16)
     if compiled:
         model.compile_decoding()
     ids = encode_prompts(tokenizer, texts)
