@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from sky_core import native
 from sky_core.compilation import CACHE, Compilation, keep_compiled_code
 from sky_core.model.language_model import LanguageModel
 from sky_core.testing.workbench import assert_close, tiny_model
@@ -111,6 +114,29 @@ def test_compiled_selective_layers_keep_less() -> None:
         return sum({x.data_ptr(): x.nbytes for x in saved if not isinstance(x, torch.nn.Parameter)}.values())
 
     assert kept("selective") < 0.8 * kept("none")
+
+
+@pytest.mark.parametrize("attention", ["torch's", "our own"])
+def test_compiled_selective_layers_compute_no_attention_twice(attention: str) -> None:
+    model = tiny_model(VOCAB, d_model=64).train()
+    if attention == "our own":
+        if not native.multiplies_bf16():
+            pytest.skip("this CPU does not multiply bf16 (AVX512_BF16)")
+        model.use_operators()
+    model.activation_checkpointing = "selective"
+    computed: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        computed.append(sum("flash" in name and "backward" not in name for name in names))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=min_cut_rematerialization_partition)
+    model.compile_layers(backend=backend)
+    tokens_BT = torch.zeros(4, 32, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.hidden(tokens_BT).sum().backward()
+    assert computed == [1, 0], "in the forward and in the backward graph of a layer"
 
 
 def test_what_was_compiled_is_counted_since_any_moment() -> None:

@@ -18,11 +18,12 @@ Layers that are compiled get the same from the compiler (`selective_in_compiled`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ KEPT = frozenset(
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
+        "sky::flash",
         "sky::grouped",
     }
 )
@@ -71,11 +73,26 @@ def recomputed(
     return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def selective_in_compiled() -> AbstractContextManager[None]:
-    """Inside, the compiler keeps results of matrix products, attention and reductions only."""
+@contextmanager
+def selective_in_compiled() -> Iterator[None]:
+    """Inside, the compiler keeps results of the operations in KEPT and of reductions only."""
     import torch._functorch.config
+    from torch._functorch import partitioners
 
-    return torch._functorch.config.patch(aggressive_recomputation=True)
+    known = partitioners.get_default_op_list
+
+    def with_kept() -> Any:
+        """Its own list lacks attention on CPUs and by cuDNN, and what is registered outside of torch."""
+        types = known()
+        spaces = ((getattr(torch.ops, space), name) for space, name in (one.split("::") for one in KEPT))
+        kept = {getattr(space, name) for space, name in spaces if hasattr(space, name)}
+        return replace(types, compute_intensive_ops=types.compute_intensive_ops | kept)
+
+    with (
+        torch._functorch.config.patch(aggressive_recomputation=True),
+        patch.object(partitioners, "get_default_op_list", with_kept),
+    ):
+        yield
 
 
 def _choice(ctx: Any, operation: torch._ops.OpOverload, *inputs: Any, **options: Any) -> CheckpointPolicy:
