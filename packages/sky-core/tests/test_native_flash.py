@@ -1,27 +1,25 @@
-"""Flash attention in C++ against the equation in float64, its gradient, and where the `sdpa` kernel takes it."""
+"""Flash attention in C++ against the equation in float64, its gradient, and where a model takes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from sky_core import native
+from sky_core.components.model import Decoder
 from sky_core.model import kernels
+from sky_core.model.decoder import DecoderLM
 from sky_core.model.mask import Mask
 
 
 @pytest.fixture(autouse=True, scope="module")
-def operators() -> Iterator[None]:
+def operators() -> None:
     if not native.multiplies_bf16():
         pytest.skip("this CPU does not multiply bf16 (AVX512_BF16)")
-    loaded = native.has_flash
     assert native.load(), "the operators do not compile on this machine"
-    native.has_flash = True
-    yield
-    native.has_flash = loaded
 
 
 def equation(
@@ -103,6 +101,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 CAUSAL = Mask()
+SDPA = kernels.WITH_FLASH[kernels.sdpa]
 OTHERS = {
     "a window": replace(CAUSAL, window=4),
     "documents": replace(CAUSAL, documents_BS=torch.zeros(1, 20, dtype=torch.long)),
@@ -128,7 +127,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, bool]]:
 @pytest.mark.parametrize("mask", [CAUSAL, replace(CAUSAL, causal=False)])
 def test_the_kernel_takes_it_for_whole_sequences(mask: Mask, calls: list[tuple[float, bool]]) -> None:
     q, k, v = drawn(1, 2, 1, 20, 16, 16)
-    y = kernels.sdpa(q, k, v, mask, scale=0.3)
+    y = SDPA(q, k, v, mask, scale=0.3)
     assert calls == [(0.3, mask.causal)]
     exact = kernels.naive(q.double(), k.double(), v.double(), mask, scale=0.3)
     torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02)
@@ -137,20 +136,46 @@ def test_the_kernel_takes_it_for_whole_sequences(mask: Mask, calls: list[tuple[f
 @pytest.mark.parametrize("mask", OTHERS.values(), ids=OTHERS.keys())
 def test_the_kernel_leaves_other_masks_to_torch(mask: Mask, calls: list[tuple[float, bool]]) -> None:
     q, k, v = drawn(1, 2, 1, 20, 16, 16)
-    kernels.sdpa(q, k, v, mask, scale=0.3)
+    SDPA(q, k, v, mask, scale=0.3)
     assert not calls
 
 
 def test_the_kernel_leaves_other_numbers_widths_and_dropout_to_torch(calls: list[tuple[float, bool]]) -> None:
     q, k, v = drawn(1, 2, 1, 20, 16, 16)
-    kernels.sdpa(q.float(), k.float(), v.float(), CAUSAL, scale=0.3)
-    kernels.sdpa(q[..., :8], k[..., :8], v, CAUSAL, scale=0.3)
-    kernels.sdpa(q[:, :, -1:], k, v, CAUSAL, scale=0.3)
-    kernels.sdpa(q, k, v, CAUSAL, scale=0.3, dropout=0.1)
+    SDPA(q.float(), k.float(), v.float(), CAUSAL, scale=0.3)
+    SDPA(q[..., :8], k[..., :8], v, CAUSAL, scale=0.3)
+    SDPA(q[:, :, -1:], k, v, CAUSAL, scale=0.3)
+    SDPA(q, k, v, CAUSAL, scale=0.3, dropout=0.1)
+    assert not calls
+    kernels.WITH_FLASH[kernels.auto](q, k, v, CAUSAL, scale=0.3, softcap=5.0)
     assert not calls
 
 
-def test_nothing_is_taken_before_it_is_loaded(calls: list[tuple[float, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "has_flash", False)
-    kernels.sdpa(*drawn(1, 2, 1, 20, 16, 16), CAUSAL, scale=0.3)
+def small_model(**options: Any) -> DecoderLM:
+    torch.manual_seed(0)
+    return Decoder(n_layer=2, n_head=4, n_kv_head=2, d_model=64, max_length=32, position="rope", **options).build(50)
+
+
+def gradients(model: DecoderLM) -> dict[str, torch.Tensor]:
+    tokens_BT = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.nll(model.hidden(tokens_BT[:, :-1]), tokens_BT[:, 1:]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_a_model_takes_it_when_told_to_and_no_other_does(calls: list[tuple[float, bool]]) -> None:
+    plain, quick = small_model(), small_model()
+    quick.use_operators()
+    expected = gradients(plain)
+    assert not calls
+    found = gradients(quick)
+    assert len(calls) == 2
+    for name, gradient in expected.items():  # both round to bf16 on the way
+        assert (found[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
+def test_kernels_that_a_user_chose_to_be_another_stay(calls: list[tuple[float, bool]]) -> None:
+    model = small_model(kernel="naive")
+    model.use_operators()
+    gradients(model)
     assert not calls

@@ -22,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sky_core import native
 from sky_core.errors import UserError
 from sky_core.model import count
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
 from sky_core.model.decoding import CompiledStep
 from sky_core.model.init import init_weights
+from sky_core.model.kernels import WITH_FLASH
 from sky_core.model.language_model import LanguageModel
 from sky_core.model.loss import Chunk, compiled_chunk, cross_entropy_of_head, linear_cross_entropy
 from sky_core.model.mtp import MultiTokenModule
@@ -316,6 +318,13 @@ class DecoderLM(LanguageModel):
             for modules in (self._attentions, self._memories)
         )
         return Cache([0] * batch, length, layers, memories)
+
+    def use_operators(self) -> None:
+        if native.load() and native.has_flash:
+            for module in self.modules():
+                kernel = getattr(module, "kernel", None)
+                if callable(kernel) and kernel in WITH_FLASH:
+                    module.kernel = WITH_FLASH[kernel]
 
     @property
     def _compiled(self) -> bool:

@@ -1,9 +1,10 @@
 """Attention kernels: softmax(scale QKᵀ)V under a declarative mask (Vaswani et al. 2017, section 3.2.1, equation 1).
 
     naive   the equation as it stands: holds the weights, runs anywhere, the one to read and to differentiate by hand
-    sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash); on a CPU, once
-            `sky_core.native` is loaded, its flash attention takes the place of torch's where it can
+    sdpa    torch's fused scaled_dot_product_attention: never holds the weights (CPU and CUDA flash)
     auto    sdpa, and naive where sdpa has no way (scores with a soft cap)
+
+A model that is told to (`use_operators`) takes the flash attention of `sky_core.native` before these where it serves.
 
 Relative to the paper: H query heads may share G key/value heads (Ainslie et al. 2023, grouped queries; head h reads
 group h // (H / G)), a query that may see no key gives 0 instead of NaN, and softmax runs in at least fp32. Scores may
@@ -27,6 +28,8 @@ from sky_core.errors import UserError
 from sky_core.model.mask import Mask
 
 log = logging.getLogger(__name__)
+
+Kernel = Callable[..., torch.Tensor]
 
 SHORT = 256
 """Most tokens of a row that `sdpa` is trained on in fp32 on a CPU, whatever the precision around it."""
@@ -93,9 +96,6 @@ def sdpa(
     """y_BHTF by torch's fused attention. Raises `UserError` for a `softcap`, which that has no way to apply."""
     if softcap is not None:
         raise UserError("kernel sdpa cannot cap scores (softcap): use kernel: naive or auto")
-    if _native(q_BHTE, k_BGSE, v_BGSF, mask, dropout):
-        y_BHTF: torch.Tensor = torch.ops.sky.flash(q_BHTE, k_BGSE, v_BGSF, scale, mask.causal)[0]
-        return y_BHTF
     if _better_in_fp32(q_BHTE):
         q, k, v = q_BHTE.float(), k_BGSE.float(), v_BGSF.float()
         with torch.autocast("cpu", enabled=False):
@@ -120,15 +120,6 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q_BHTE, k_BGSE, v_BGSF, bias, dropout, is_causal, scale=scale, enable_gqa=groups < heads
     )
-
-
-def _native(q_BHTE: torch.Tensor, k_BGSE: torch.Tensor, v_BGSF: torch.Tensor, mask: Mask, dropout: float) -> bool:
-    """Whether this is what the flash attention of `sky_core.native` computes: whole sequences in bf16 on a CPU."""
-    if not native.has_flash or q_BHTE.device.type != "cpu" or dropout:
-        return False
-    tensors = (q_BHTE, k_BGSE, v_BGSF)
-    fits = all(x.dtype == torch.bfloat16 and x.shape[3] % native.FLASH_STEP == 0 and x.stride(3) == 1 for x in tensors)
-    return fits and 1 < q_BHTE.shape[2] == k_BGSE.shape[2] and (mask.is_plain_causal or mask.sees_everything)
 
 
 def _better_in_fp32(q_BHTE: torch.Tensor) -> bool:
@@ -184,8 +175,35 @@ def auto(
     return naive(q_BHTE, k_BGSE, v_BGSF, mask, scale=scale, dropout=dropout, softcap=softcap)
 
 
+def flash_or(
+    kernel: Kernel,
+    q_BHTE: torch.Tensor,
+    k_BGSE: torch.Tensor,
+    v_BGSF: torch.Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """y_BHTF by the flash attention of `sky_core.native` where it serves (bf16 on a CPU, whole sequences, all or the
+    past to be seen), else by `kernel`."""
+    tensors = (q_BHTE, k_BGSE, v_BGSF)
+    on_cpu = q_BHTE.device.type == "cpu"
+    fits = all(x.dtype == torch.bfloat16 and x.shape[3] % native.FLASH_STEP == 0 and x.stride(3) == 1 for x in tensors)
+    whole = 1 < q_BHTE.shape[2] == k_BGSE.shape[2] and (mask.is_plain_causal or mask.sees_everything)
+    if on_cpu and fits and whole and not dropout and softcap is None:
+        y_BHTF: torch.Tensor = torch.ops.sky.flash(q_BHTE, k_BGSE, v_BGSF, scale, mask.causal)[0]
+        return y_BHTF
+    return kernel(q_BHTE, k_BGSE, v_BGSF, mask, scale=scale, dropout=dropout, softcap=softcap)
+
+
+WITH_FLASH: dict[Kernel, Kernel] = {kernel: functools.partial(flash_or, kernel) for kernel in (sdpa, auto)}
+"""Kernel -> the same behind flash attention of our own."""
+
+
 @functools.cache
-def choose() -> Callable[..., torch.Tensor]:
+def choose() -> Kernel:
     """The kernel `auto` stands for; says in the log, once in a process, what it takes."""
     log.info(
         "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU up to %d"

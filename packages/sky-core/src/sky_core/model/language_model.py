@@ -133,6 +133,9 @@ class LanguageModel(nn.Module, ABC):
         """Parameter name -> factor of Adam's learning rate, where it is not 1 (muP)."""
         return {}
 
+    def use_operators(self) -> None:
+        """Take the operators of `sky_core.native` where they serve. A model may have no use for them."""
+
     @abstractmethod
     def compile_layers(self, **options: Any) -> None:
         """Compile each layer in place with `torch.compile(**options)`; names of parameters stay as they are.

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sky_core import native
 from sky_core.data.loader import Loader
 from sky_core.errors import Diverged, UserError
 from sky_core.plugins import loaded_plugins
@@ -81,12 +80,14 @@ class Trainer:
 
         self.engine = fit.engine.build()
         self.engine.setup(fit.precision, compile=fit.compile is True)
-        if fit.compile and self.engine.device.type == "cpu":
-            native.load()
         self.dataset = run.data.build(run.seed, run.tokenizer)
         self.tokenizer = self.dataset.tokenizer
         self.model = build_model(run, self.tokenizer, fresh=not directory.checkpoints)
         self.model.activation_checkpointing = fit.activation_checkpointing
+        if fit.compile and self.engine.device.type == "cpu":
+            self.model.use_operators()
+        elif fit.compile == "operators":
+            log.info("train.compile: operators: there are none for %s", self.engine.device.type)
         torch.manual_seed(run.seed + 1)
         self.objective = run.objective.build(run, self.tokenizer)
         module = Step(self.model, self.objective).to(self.engine.device)

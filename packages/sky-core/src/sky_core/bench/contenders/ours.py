@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from sky_core import native
 from sky_core.bench.contenders.base import ADAMW, CLIP, Contender, Prompts, cast
 from sky_core.bench.shape import id_tokenizer
 from sky_core.components.generation import Sample
@@ -42,7 +41,7 @@ class Ours(Contender):
         self.engine = LocalEngine()
         self.engine.setup(precision, compile=compile)
         if compile and self.device == "cpu":
-            native.load()
+            self.model.use_operators()
         self.engine.device = torch.device(self.device)
         self.engine.prepare(Step(self.model, NextToken()), AdamW(**ADAMW).build)
 
