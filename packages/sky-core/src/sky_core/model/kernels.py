@@ -206,8 +206,8 @@ WITH_FLASH: dict[Kernel, Kernel] = {kernel: functools.partial(flash_or, kernel) 
 def choose() -> Kernel:
     """The kernel `auto` stands for; says in the log, once in a process, what it takes."""
     log.info(
-        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU up to %d"
-        " tokens in fp32), naive for capped scores",
+        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU, unless an"
+        " operator of our own takes its place, up to %d tokens in fp32), naive for capped scores",
         SHORT,
     )
     return auto

@@ -104,6 +104,13 @@ def _chunk(
     return loss, dz_CV.masked_fill_(ignored_C1, 0.0).to(dtype)
 
 
+def _add(sum_VD: torch.Tensor, part_VD: torch.Tensor) -> torch.Tensor:
+    """sum += part, a few rows at a time: on a CPU torch first makes a copy of `part` in the dtype of the sum."""
+    for into, rows in zip(sum_VD.split(512), part_VD.split(512), strict=True):
+        into.add_(rows)
+    return sum_VD
+
+
 def compiled_chunk(**options: Any) -> Chunk:
     """The loss and the gradient of a chunk in three passes over its logits, by `torch.compile(**options)`."""
     return torch.compile(_chunk, dynamic=True, **options)
@@ -141,7 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dh_ND[start : start + rows] = dz_CV @ w_VD
             if wants_weight:
                 part_VD = dz_CV.T @ h_CD
-                dw_VD = part_VD.to(weight_VD.dtype) if dw_VD is None else dw_VD.add_(part_VD)
+                dw_VD = part_VD.to(weight_VD.dtype) if dw_VD is None else _add(dw_VD, part_VD)
         ctx.gradients = (dh_ND, dw_VD)
         return total
 
