@@ -225,6 +225,6 @@ def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="sky_core"):
         assert Auto().build() is Auto().build() is auto
     assert caplog.messages == [
-        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU up to 256"
-        " tokens in fp32), naive for capped scores"
+        "attention kernel auto: sdpa (torch.nn.functional.scaled_dot_product_attention; in training on a CPU, unless an"
+        " operator of our own takes its place, up to 256 tokens in fp32), naive for capped scores"
     ]
