@@ -116,6 +116,17 @@ def test_a_graph_serves_until_the_next_slots_are_needed(monkeypatch: pytest.Monk
     assert graphs == [1, 1, 2, 2]
 
 
+def test_prompts_of_any_length_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SLOTS", 16)
+    model, counter = build(), CompileCounter()
+    model.compile_decoding(backend=counter)
+    for length in (1, 3, 7):
+        list(
+            generate_tokens(model, id_tokenizer(50), [[1] * length], sampler=Sample(temperature=0.0), max_new_tokens=5)
+        )
+    assert counter.frame_count == 1
+
+
 def test_generated_tokens_are_the_same() -> None:
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
     plain, compiled = build(), build()

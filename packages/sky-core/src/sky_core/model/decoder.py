@@ -24,10 +24,9 @@ from torch import nn
 
 from sky_core import native
 from sky_core.errors import UserError
-from sky_core.model import count
+from sky_core.model import count, decoding
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
-from sky_core.model.decoding import CompiledStep
 from sky_core.model.init import init_weights
 from sky_core.model.kernels import WITH_FLASH
 from sky_core.model.language_model import LanguageModel
@@ -81,7 +80,7 @@ class DecoderLM(LanguageModel):
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._chunk: Chunk | None = None
         self._evaluated: torch.Size | None = None
-        self._decoding: CompiledStep | None = None
+        self._decoding: decoding.CompiledStep | None = None
         init_weights(
             self,
             config.initializer_range,
@@ -199,7 +198,7 @@ class DecoderLM(LanguageModel):
         return rows if self._decoding is None else 1 << (rows - 1).bit_length()  # few graphs: 1, 2, 4, 8 ... rows
 
     def compile_decoding(self, **options: Any) -> None:
-        self._decoding = CompiledStep(self, self._next_logits, **options)
+        self._decoding = decoding.CompiledStep(self, self._next_logits, **options)
 
     def _next_logits(self, ctx: Context) -> torch.Tensor:
         """logits_BV behind the last token of a pass that only fills the cache."""
@@ -297,7 +296,8 @@ class DecoderLM(LanguageModel):
         return {} if self.config.mup is None else lr_scale(self, self.config.width_ratio)
 
     def new_cache(self, batch: int, max_length: int | None = None) -> Cache:
-        """As `LanguageModel.new_cache`; in the dtype of the autocast that is on, else of the weights."""
+        """As `LanguageModel.new_cache`; in the dtype of the autocast that is on, else of the weights. For compiled
+        decoding it may hold some tokens more."""
         return self._new_cache(range(self.n_layer), batch, max_length)
 
     def new_mtp_cache(self, depth: int, batch: int, max_length: int | None = None) -> Cache:
@@ -307,6 +307,8 @@ class DecoderLM(LanguageModel):
         length = self.max_length if max_length is None else max_length
         if length > self.max_length:
             raise ValueError(f"a cache of {length} tokens, but the model's context is max_length={self.max_length}")
+        if self._decoding is not None:  # a graph serves caches of one length
+            length = min(-(-length // decoding.SLOTS) * decoding.SLOTS, self.max_length)
         weight = self.embed_tokens.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
