@@ -349,7 +349,7 @@ def test_requests_are_answered_in_full(bench: Any) -> None:
 def test_compiled_steps_that_compute_something_else_are_not_timed(
     what: str, lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planted(model: DecoderLM, tokens_B: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def planted(model: DecoderLM, tokens_B: torch.Tensor, cache: Cache, *, idle: int = 0) -> torch.Tensor:
         return LanguageModel.step(model, tokens_B, cache) * (1 + error * (len(tokens_B) == 2))
 
     monkeypatch.setattr(DecoderLM, "compile_decoding", lambda model: None)

@@ -348,8 +348,8 @@ def test_inductor_multiplies_one_row_in_bf16() -> None:
 def test_a_full_cache_is_told_in_one_line() -> None:
     model = build()
     model.compile_decoding(backend="eager")
-    with pytest.raises(ValueError, match="room for 40 tokens per row"):
-        logits_of(model, 1, 35)
+    with pytest.raises(ValueError, match="room for 64 tokens per row"):
+        logits_of(model, 1, 59)
 
 
 def test_key_value_prefixes_are_refused() -> None:
