@@ -53,7 +53,7 @@ class Pool:
         )
         yield part
         self.cache.lengths[first:stop] = part.lengths
-        for mine, seen in zip(_states(self.cache), _states(part), strict=True):
+        for mine, seen in zip(self.cache.states, part.states, strict=True):
             now = seen.tensors()
             for name, tensor in _view(mine, first, stop).tensors().items():
                 if tensor.data_ptr() != now[name].data_ptr():
@@ -105,9 +105,8 @@ class Pool:
         """What lies in the place `source`, in `place` as well."""
         if source == place:
             return
-        for state in _states(self.cache):
-            for tensor in state.tensors().values():
-                tensor[place].copy_(tensor[source])
+        for tensor in self.cache.tensors():
+            tensor[place].copy_(tensor[source])
         self.cache.lengths[place], self.rows[place] = self.cache.lengths[source], self.rows[source]
 
     def move(self, source: int, place: int) -> None:
@@ -120,9 +119,8 @@ class Pool:
         """Let no row start from these places; with `erase` nothing of them stays (a mask does not hide NaN)."""
         self.rows[first:stop] = [None] * (stop - first)
         if erase:
-            for state in _states(self.cache):
-                for tensor in state.tensors().values():
-                    tensor[first:stop].zero_()
+            for tensor in self.cache.tensors():
+                tensor[first:stop].zero_()
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -135,10 +133,6 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _states(cache: Cache) -> list[LayerCache]:
-    return [state for state in [*cache.layers, *cache.memories] if state is not None]
 
 
 def _view(state: LayerCache, first: int, stop: int) -> LayerCache:

@@ -138,9 +138,8 @@ class Cache:
         """
         if any(then > now for then, now in zip(lengths, self.lengths, strict=True)):
             raise ValueError(f"rows of {self.lengths} tokens cannot go back to {list(lengths)}: some are longer")
-        for state in [*self.layers, *self.memories]:
-            if state is not None:
-                state.rewind(lengths)
+        for state in self.states:
+            state.rewind(lengths)
         self.lengths = list(lengths)
 
     def select(self, rows: Sequence[int]) -> Cache:
@@ -163,15 +162,18 @@ class Cache:
         """Empty the given rows."""
         rows_B = torch.zeros(len(self.lengths), dtype=torch.bool)
         rows_B[list(rows)] = True
-        for state in [*self.layers, *self.memories]:
-            if state is not None:
-                state.reset(rows_B)
+        for state in self.states:
+            state.reset(rows_B)
         self.lengths = [0 if drop else length for length, drop in zip(self.lengths, rows_B.tolist(), strict=True)]
 
+    @property
+    def states(self) -> list[LayerCache]:
+        """Those of the layers, then those of the memories."""
+        return [state for state in [*self.layers, *self.memories] if state is not None]
+
     def tensors(self) -> list[torch.Tensor]:
-        """Those of all layers and memories."""
-        states = [state for state in [*self.layers, *self.memories] if state is not None]
-        return [tensor for state in states for tensor in state.tensors().values()]
+        """Those of all states."""
+        return [tensor for state in self.states for tensor in state.tensors().values()]
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
