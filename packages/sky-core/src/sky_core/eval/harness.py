@@ -92,7 +92,7 @@ class SkyLM(TemplateLM):
             for module in (model, *(attached.module for attached in model.adapters)):
                 module.to(where)
             bf16 = resolve_precision(precision, where) == "bf16"
-            autocast = lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16)  # noqa: E731
+            autocast = lambda: torch.autocast(where.type, dtype=torch.bfloat16, enabled=bf16)  # noqa: E731 - a new context each time
         if model is None or tokenizer is None:
             raise UserError("which model? give model_args run=... (a run directory, a name, @last, hf:DIR)")
         self.sky_model, self.sky_tokenizer, self.autocast = model, tokenizer, autocast
