@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
+from sky_core.bench import record
 from sky_core.bench.compare import fallen, fell
 from sky_core.bench.record import Options, Record, repository, source_state, spread
 from sky_core.bench.report import Settings, check, finish, markdown, read
@@ -336,6 +337,13 @@ def test_decoding_is_measured_against_the_memory(bench: Any) -> None:
     limit = 2 * data["ceilings"]["bandwidth"] / (weights + cached)
     share = found["batch 2, ours, fp32: share of the memory's limit"]
     assert share == pytest.approx(found["batch 2, ours, fp32: speed"] / limit)
+
+
+def test_the_command_of_a_record_names_no_path_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKY_DATA", "/data/of mine")
+    words = ["sky", "bench", "--runs", "/some/where/runs", "a=/else/b.txt", "c=/data/of mine/d/e.txt", "out/f", "0.5/2"]
+    monkeypatch.setattr("sys.argv", words)
+    assert record._command() == "sky bench --runs runs a=b.txt 'c=$SKY_DATA/d/e.txt' out/f 0.5/2"
 
 
 def test_requests_are_answered_in_full(bench: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -132,7 +133,8 @@ def environment(peers: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line as another reader could type it: from the repository's root, with data in $SKY_DATA."""
+    """The command line as another reader could type it: from the repository's root, with data in $SKY_DATA; of what
+    lies elsewhere on this machine, the last name."""
     root, script = repository(), Path(sys.argv[0])
     if script.name in ("sky", "__main__.py"):
         words = shlex.join(["sky", *sys.argv[1:]])
@@ -140,7 +142,7 @@ def _command() -> str:
         words = shlex.join(["python", os.path.relpath(script, root or Path.cwd()), *sys.argv[1:]])
     for folder, name in ((os.environ.get("SKY_DATA"), "$SKY_DATA"), (root, "."), (Path.home(), "~")):
         words = words.replace(str(folder), name) if folder and str(folder) != "/" else words
-    return words
+    return re.sub(r"(?<![\w.$~/])/(?:[^\s'/]+/)+(?=[^\s'/])", "", words)
 
 
 # ----------------------------------------------------------------------------------------------- measures
