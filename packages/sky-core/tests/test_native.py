@@ -19,7 +19,7 @@ def operators() -> None:
 
 
 def few_rows(x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.sky.few_rows(x, w, scales)
+    y: torch.Tensor = torch.ops.sky.few_rows(x, [w], [] if scales is None else [scales])
     return y
 
 

@@ -17,7 +17,7 @@ from sky_core.model.mask import Mask
 
 @pytest.fixture(autouse=True, scope="module")
 def operators() -> None:
-    if not native.multiplies_bf16():
+    if not native.has("avx512_bf16"):
         pytest.skip("this CPU does not multiply bf16 (AVX512_BF16)")
     assert native.load(), "the operators do not compile on this machine"
 

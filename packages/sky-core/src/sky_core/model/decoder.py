@@ -24,7 +24,7 @@ from torch import nn
 
 from sky_core import native
 from sky_core.errors import UserError
-from sky_core.model import count, decoding
+from sky_core.model import count
 from sky_core.model.cache import Cache
 from sky_core.model.context import Context
 from sky_core.model.init import init_weights
@@ -39,6 +39,7 @@ from sky_core.slots import AttentionSpec, LayerSpec
 
 if TYPE_CHECKING:
     from sky_core.components.model import Decoder
+    from sky_core.model.decoding import CompiledStep
 
 
 class DecoderLM(LanguageModel):
@@ -80,7 +81,7 @@ class DecoderLM(LanguageModel):
         self._encodings = tuple(module for module in self.modules() if isinstance(module, PositionEncoding))
         self._chunk: Chunk | None = None
         self._evaluated: torch.Size | None = None
-        self._decoding: decoding.CompiledStep | None = None
+        self._decoding: CompiledStep | None = None
         init_weights(
             self,
             config.initializer_range,
@@ -198,7 +199,9 @@ class DecoderLM(LanguageModel):
         return rows if self._decoding is None else 1 << (rows - 1).bit_length()  # few graphs: 1, 2, 4, 8 ... rows
 
     def compile_decoding(self, **options: Any) -> None:
-        self._decoding = decoding.CompiledStep(self, self._next_logits, **options)
+        from sky_core.model.decoding import CompiledStep  # and with it the compiler
+
+        self._decoding = CompiledStep(self, self._next_logits, **options)
 
     def _next_logits(self, ctx: Context) -> torch.Tensor:
         """logits_BV behind the last token of a pass that only fills the cache."""
@@ -308,7 +311,7 @@ class DecoderLM(LanguageModel):
         if length > self.max_length:
             raise ValueError(f"a cache of {length} tokens, but the model's context is max_length={self.max_length}")
         if self._decoding is not None:  # a graph serves caches of one length
-            length = min(-(-length // decoding.SLOTS) * decoding.SLOTS, self.max_length)
+            length = min(self._decoding.room_for(length), self.max_length)
         weight = self.embed_tokens.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

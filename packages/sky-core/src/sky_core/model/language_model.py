@@ -83,8 +83,10 @@ class LanguageModel(nn.Module, ABC):
         return rows
 
     def compile_decoding(self, **options: Any) -> None:
-        """Compile `step` with `torch.compile(**options)`: seconds to a minute at its first use, a fraction of the time
-        of each token from then on. Raises `UserError` where a model cannot."""
+        """Compile `step`: seconds to a minute at its first use, a fraction of the time of each token from then on.
+
+        `options` are `backend` and `options` as `torch.compile` takes them. Raises `UserError` where a model cannot.
+        """
         raise UserError(f"{type(self).__name__} has no compiled decoding")
 
     @abstractmethod

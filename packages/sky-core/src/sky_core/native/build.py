@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,10 +26,17 @@ VECTORS = {
 """What `torch.backends.cpu.get_cpu_capability` says -> flags of GCC and Clang; another machine takes their defaults."""
 
 
-def multiplies_bf16() -> bool:
-    """Whether this CPU multiplies pairs of bf16 (AVX512_BF16)."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(supported())
+EXTENSIONS = {"avx512_bf16": "-mavx512bf16", "avx512_vnni": "-mavx512vnni", "avx512_vbmi": "-mavx512vbmi"}
+"""Further instructions, as `torch.cpu.get_capabilities` calls them -> the flag that allows them."""
+
+
+@cache
+def has(*extensions: str) -> bool:
+    """Whether this CPU has all of these `EXTENSIONS`, as far as torch can tell."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return all(known.get(extension, False) for extension in extensions)
 
 
 def library() -> Path:
@@ -42,8 +50,7 @@ def library() -> Path:
     flags = ["-std=c++20", "-O3", "-fopenmp", "-fPIC", *VECTORS.get(capability, "").split()]
     if capability in VECTORS:
         flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    if multiplies_bf16():
-        flags.append("-mavx512bf16")
+    flags += [flag for extension, flag in EXTENSIONS.items() if has(extension)]
     flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
     links = [flag for folder in cpp_extension.library_paths() for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
     links += ["-ltorch", "-ltorch_cpu", "-lc10"]
