@@ -24,6 +24,7 @@ from sky_core.generation.decode import generate_tokens
 from sky_core.generation.generator import Generator
 from sky_core.model import decoding
 from sky_core.model.adapter import Attached
+from sky_core.model.cache import KVCache
 from sky_core.model.decoder import DecoderLM
 from sky_core.model.decoding_operators import FewRows, Join
 from sky_core.model.norm import RMSNorm
@@ -46,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+NO_INT4 = "4 bits by native operators need AVX512_VNNI and AVX512_VBMI"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
@@ -196,8 +198,14 @@ def test_models_of_equal_shapes_have_their_own_graphs(other: dict[str, Any]) -> 
         torch.testing.assert_close(logits_of(compiled, 1, 2), logits_of(plain, 1, 2), rtol=1e-4, atol=1e-4)
 
 
+def up_of(model: DecoderLM) -> torch.nn.Linear:
+    up = model.layers[0].get_submodule("mlp.up_proj")
+    assert isinstance(up, torch.nn.Linear)
+    return up
+
+
 def adapt(model: DecoderLM) -> None:
-    Attached(model, torch.nn.Module()).linear(model.layers[0].mlp.up_proj, lambda x, y: 3 * y)  # type: ignore[union-attr, arg-type]
+    Attached(model, torch.nn.Module()).linear(up_of(model), lambda x, y: 3 * y)
 
 
 def test_what_changes_a_model_changes_its_graph() -> None:
@@ -209,6 +217,9 @@ def test_what_changes_a_model_changes_its_graph() -> None:
         lambda model: model.layers.__setitem__(0, build(n_layer=1, norm={"kind": "rmsnorm", "eps": 0.5}).layers[0]),
         adapt,
         lambda model: model.adapters[0].detach(),
+        lambda model: setattr(up_of(model), "weight", torch.nn.Parameter(2 * up_of(model).weight)),
+        lambda model: setattr(up_of(model).weight, "data", 2 * up_of(model).weight.data),  # as averages are swapped in
+        lambda model: model.norm.to(torch.bfloat16),
         lambda model: quantize_(model, "int8"),
     ]
     seen = [logits_of(compiled, 1, 2)]
@@ -219,6 +230,34 @@ def test_what_changes_a_model_changes_its_graph() -> None:
         if not compiled.training:
             torch.testing.assert_close(seen[-1], logits_of(plain, 1, 2), rtol=0.02, atol=0.02)  # int8 rounds inputs
         assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_states_that_a_step_replaces_are_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = KVCache.update
+
+    def anew(self: KVCache, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.k_BHSE, self.v_BHSE = self.k_BHSE.clone(), self.v_BHSE.clone()
+        return update(self, *args)
+
+    monkeypatch.setattr(KVCache, "update", anew)
+    plain, compiled = build(), build()
+    compiled.compile_decoding(backend="eager")
+    torch.testing.assert_close(logits_of(compiled, 2, 5), logits_of(plain, 2, 5), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_knows_the_precision_it_is_in() -> None:
+    plain, compiled = build(), build()
+    compiled.compile_decoding(backend="eager")
+    rows = native.MOST_ROWS + 1  # more than the operators take, which stay with the weights as they are
+    caches = [model.new_cache(rows, 40) for model in (plain, compiled)]
+    for enabled in (False, True, False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected, found = (
+                model.step(torch.ones(rows).long(), cache)
+                for model, cache in zip((plain, compiled), caches, strict=True)
+            )
+        assert found.dtype == expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1 if enabled else 0.05)
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
@@ -299,10 +338,15 @@ def test_any_attention_of_a_layer_is_computed(kind: str, width: int) -> None:
         torch.testing.assert_close(found, F.scaled_dot_product_attention(*qkv, **own), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["fp32", "int8", "int4"])
 @pytest.mark.skipif(not native.load(), reason="there are no native operators")
-def test_a_step_is_made_of_native_operators() -> None:
+def test_a_step_is_made_of_native_operators(form: str) -> None:
+    if form == "int4" and not native.has_int4:
+        pytest.skip(NO_INT4)
     called: list[str] = []
     model = build("wide")
+    if form != "fp32":
+        quantize_(model, form)
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
         called.extend(str(node.target) for node in graph.graph.nodes)
@@ -311,7 +355,8 @@ def test_a_step_is_made_of_native_operators() -> None:
     model.compile_decoding(backend=backend)
     logits_of(model, 1, 1)
     assert sum("few_queries" in name for name in called) == 1
-    assert sum("few_rows" in name for name in called) == 8  # q, k, v, o; gate, up, down; the head
+    product = "few_rows_int4" if form == "int4" else "few_rows"
+    assert sum(name.endswith(product) for name in called) == 8  # q, k, v, o; gate, up, down; the head
 
 
 def dequantised(model: DecoderLM) -> DecoderLM:
@@ -343,7 +388,10 @@ def products(form: str, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.T
     with FewRows():
         rows = [x.reshape(-1, 64) for _ in range(3)] + [x.reshape(-1, 64) * 2]
         if form == "int8":
-            return [torch._weight_int8pack_mm(row, *tensors[i : i + 2]) for row, i in zip(rows, (0, 2, 4, 0), strict=True)]
+            return [
+                torch.ops.aten._weight_int8pack_mm(row, *tensors[i : i + 2])
+                for row, i in zip(rows, (0, 2, 4, 0), strict=True)
+            ]
         if form == "int4":
             multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
             pairs = [tensors[i : i + 2] for i in (0, 2, 4, 0)]
@@ -355,7 +403,7 @@ def products(form: str, x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.T
 @pytest.mark.skipif(not native.load(), reason="there are no native operators")
 def test_products_of_the_same_rows_are_joined(form: str) -> None:
     if form == "int4" and not native.has_int4:
-        pytest.skip("4 bits by native operators need AVX512_VNNI and AVX512_VBMI")
+        pytest.skip(NO_INT4)
     torch.manual_seed(0)
     linears = [torch.nn.Linear(64, n, bias=False) for n in (40, 70, 33)]
     if form == "bf16":

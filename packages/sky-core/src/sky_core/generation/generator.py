@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from sky_core.components.generation import Sample
 from sky_core.errors import UserError
@@ -227,7 +228,7 @@ class Generator:
     def _take(self, rows: list[Row], logits_BV: torch.Tensor) -> list[Piece]:
         logits_BV = logits_BV.float()
         next_B = self._choose(rows, logits_BV[:, : self.tokenizer.vocab_size])  # a padded vocabulary's ids mean nothing
-        logprob_B = logits_BV.gather(-1, next_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
+        logprob_B = -cross_entropy(logits_BV, next_B, reduction="none")
         tokens, logprobs = torch.stack((next_B.double(), logprob_B.double())).tolist()  # one wait for the device
         end = self.tokenizer.end_of_text
         return [row.take(int(token), p, end) for row, token, p in zip(rows, tokens, logprobs, strict=True)]

@@ -81,7 +81,7 @@ def _attention(
 
 INSTEAD: dict[Any, Callable[..., torch.Tensor | None]] = {
     F.linear: _linear,
-    torch._weight_int8pack_mm: _int8,
+    torch.ops.aten._weight_int8pack_mm: _int8,
     torch.ops.aten._weight_int4pack_mm_for_cpu: _int4,
     F.scaled_dot_product_attention: _attention,
 }
@@ -112,15 +112,15 @@ class Join(CustomGraphPass):
 def _viewed(x: Node) -> Node:
     """What a node is a view of: the layers each reshape what enters them."""
     while x.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
-        x = x.args[0]  # type: ignore[assignment]
+        x = x.args[0]
     return x
 
 
 def _join(graph: Graph, nodes: list[Node]) -> None:
     one = nodes[0]
-    tensors = [[tensor for node in nodes for tensor in node.args[i]] for i in (1, 2)]  # type: ignore[union-attr]
+    tensors = [[tensor for node in nodes for tensor in node.args[i]] for i in (1, 2)]
     with graph.inserting_before(one):
-        y = graph.call_function(one.target, (one.args[0], *tensors, *one.args[3:]))  # type: ignore[arg-type]
+        y = graph.call_function(one.target, (one.args[0], *tensors, *one.args[3:]))
         shape, start = one.meta["val"].shape, 0
         y.meta["val"] = one.meta["val"].new_empty(*shape[:-1], sum(node.meta["val"].shape[-1] for node in nodes))
         for node in nodes:

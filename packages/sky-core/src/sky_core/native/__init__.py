@@ -64,8 +64,12 @@ def load() -> bool:
         torch.library.register_fake("sky::flash_backward", _flash_backward)
         torch.library.register_autograd("sky::flash", _differentiate, setup_context=_keep)
         has_flash = True
-    missing = [what for what, there in (("int4", has_int4), ("bf16 attention of whole sequences", has_flash)) if not there]
-    log.info("native operators: %s", f"all but {', '.join(missing)} (this CPU lacks the instructions)" if missing else "all")
+    missing = [
+        what for what, there in (("int4", has_int4), ("bf16 attention of whole sequences", has_flash)) if not there
+    ]
+    log.info(
+        "native operators: %s", f"all but {', '.join(missing)} (this CPU lacks the instructions)" if missing else "all"
+    )
     return True
 
 

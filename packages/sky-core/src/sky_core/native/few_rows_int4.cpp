@@ -16,6 +16,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "rows.h"
@@ -39,7 +40,10 @@ struct Halves {
     for (size_t i = 0; i < x_MK.size(); i++) {
       high_MK[i] = int8_t(x_MK[i] >> 8);
       low_MK[i] = uint8_t(x_MK[i] & 0xff);
-      sums_Mg[i / group] += x_MK[i];
+    }
+    for (size_t g = 0; g < sums_Mg.size(); g++) {
+      const int16_t* from = x_MK.data() + g * group;
+      sums_Mg[g] = std::accumulate(from, from + group, int32_t(0));
     }
   }
 };

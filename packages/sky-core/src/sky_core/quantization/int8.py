@@ -58,7 +58,7 @@ class Int8Linear(QuantizedLinear):
     def packed(self, x_MK: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and x_MK.storage_offset() % VECTOR:
             x_MK = x_MK.clone()  # it reads with aligned loads; what compiled code computes is aligned
-        return torch._weight_int8pack_mm(x_MK.contiguous(), self.codes, self.scales.to(torch.bfloat16))
+        return torch.ops.aten._weight_int8pack_mm(x_MK.contiguous(), self.codes, self.scales.to(torch.bfloat16))
 
     def block(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return self.codes[start:stop].to(dtype), self.scales[start:stop].to(dtype)
