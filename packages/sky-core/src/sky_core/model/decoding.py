@@ -225,7 +225,7 @@ def _options(device: str) -> dict[str, Any]:
     return {
         "cpp_wrapper": True,
         "post_grad_custom_pre_pass": Join(),
-        "cpp.min_chunk_size": 2**14,  # numbers that are worth a thread: none of a step's but the logits
+        "cpp.min_chunk_size": 2**12,  # numbers that are worth a thread
         "size_asserts": False,  # 0.2 ms; `CompiledStep._changed` has asked
         "alignment_asserts": False,
     }

@@ -57,15 +57,12 @@ void score(const float* q_RE, const Number* k_SE, const float* bias_RS, const Sh
 
 // a_S = softmax(a_S); 0 everywhere where all is hidden.
 void softmax(float* a_S, int64_t S) {
-  const float top = *std::max_element(a_S, a_S + S);
+  const float top = at::vec::reduce_all<float>(
+      [](const Floats& a, const Floats& b) { return at::vec::maximum(a, b); }, a_S, S);
   if (top == -std::numeric_limits<float>::infinity()) return std::fill(a_S, a_S + S, 0.0f);
-  int64_t s = 0;
-  for (; s + LANES <= S; s += LANES) (Floats::loadu(a_S + s) - Floats(top)).exp().store(a_S + s);
-  for (; s < S; s++) a_S[s] = std::exp(a_S[s] - top);
-  double sum = 0;
-  for (s = 0; s < S; s++) sum += a_S[s];
-  const float factor = 1 / sum;
-  for (s = 0; s < S; s++) a_S[s] *= factor;
+  at::vec::map<float>([top](const Floats& a) { return (a - Floats(top)).exp(); }, a_S, a_S, S);
+  const float sum = at::vec::reduce_all<float>([](const Floats& a, const Floats& b) { return a + b; }, a_S, S);
+  at::vec::map<float>([sum](const Floats& a) { return a / Floats(sum); }, a_S, a_S, S);
 }
 
 template <class Number>
