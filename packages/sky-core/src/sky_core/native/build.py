@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -61,9 +63,19 @@ def library() -> Path:
     if not path.exists():
         log.info("native operators: compiling %d files", len(sources))
         start = time.perf_counter()
-        temporary = path.with_suffix(f".{os.getpid()}")
-        command = [compiler, *flags, "-shared", *map(str, sources), *links, "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        temporary.replace(path)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            commands = [
+                [compiler, *flags, "-c", str(one), "-o", str(to)] for one, to in zip(sources, objects, strict=True)
+            ]
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_run, commands))
+            made = Path(folder) / path.name
+            _run([compiler, "-shared", "-fopenmp", *map(str, objects), *links, "-o", str(made)])
+            made.replace(path)
         log.info("native operators: compiled in %.0f s, kept in %s", time.perf_counter() - start, path.parent)
     return path
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -5,7 +5,8 @@ once for many rows, so arithmetic is. Hence two ways to the same product, chosen
 
 - up to `few_rows`: torch's packed kernel, which widens the weights in registers. On x86 it is vectorised for bf16
   activations only (fp32 ones take a scalar loop, ten times slower), so x is rounded to bf16 for it, sums are fp32 and y
-  comes back in the dtype of x. Let activations be bf16 (autocast, or `model.bfloat16()`): the casts go away.
+  comes back in the dtype of x. Let activations be bf16 (autocast, or `model.bfloat16()`): the casts go away. Compiled
+  decoding takes operators of our own in its place for 8 rows and fewer (`sky_core.model.decoding_operators`).
 - above, and wherever the kernel is not for the layer (`obstacle`), for the device, or gradients are needed: blocks of
   at most `BLOCK` weights are dequantised in the dtype of x, multiplied, and gone.
 
