@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -232,14 +234,18 @@ def test_what_changes_a_model_changes_its_graph() -> None:
         assert not torch.equal(seen[-1], seen[-2])
 
 
-def test_states_that_a_step_replaces_are_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = KVCache.update
+def replacing(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`KVCache.update` of a cache that does not write in place."""
 
-    def anew(self: KVCache, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def anew(self: KVCache, *args: Any) -> Any:
         self.k_BHSE, self.v_BHSE = self.k_BHSE.clone(), self.v_BHSE.clone()
         return update(self, *args)
 
-    monkeypatch.setattr(KVCache, "update", anew)
+    return anew
+
+
+def test_states_that_a_step_replaces_are_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "update", replacing(KVCache.update))
     plain, compiled = build(), build()
     compiled.compile_decoding(backend="eager")
     torch.testing.assert_close(logits_of(compiled, 2, 5), logits_of(plain, 2, 5), rtol=1e-4, atol=1e-4)
@@ -422,13 +428,80 @@ def test_products_of_the_same_rows_are_joined(form: str) -> None:
 
 
 @needs_compiler
-def test_inductor_multiplies_one_row_in_bf16() -> None:
-    exact = logits_of(build(n_layer=1).double(), 1, 3)
-    compiled = build(n_layer=1).to(torch.bfloat16)
+@pytest.mark.parametrize(("form", "rows"), [("bf16", 1), ("bf16", 3), ("int8", 2), ("int4", 3)])
+def test_inductor_multiplies_few_rows(form: str, rows: int) -> None:
+    compiled, exact = build(n_layer=1), build(n_layer=1)
+    if form != "bf16":
+        for model in (compiled, exact):
+            quantize_(model, form)
+    expected = logits_of(dequantised(exact), rows, 3)
+    compiled = compiled.to(torch.bfloat16)
     compiled.compile_decoding()
-    error = (logits_of(compiled, 1, 3).double() - exact).abs().max() / exact.abs().max()
+    error = (logits_of(compiled, rows, 3).double() - expected).abs().max() / expected.abs().max()
     # bf16 rounds weights and activations to 2^-9 each; a wrong product would be of the size of the logits.
     assert error < 0.05
+
+
+@needs_compiler
+def test_inductor_is_given_tokens_as_they_were_compiled() -> None:
+    plain, compiled = build(n_layer=1), build(n_layer=1)
+    compiled.compile_decoding()
+    tokens_BT = torch.randint(50, (3, 4))
+    caches = [model.new_cache(3, 40) for model in (plain, compiled)]
+    with torch.inference_mode():
+        for tokens_B in (tokens_BT[:, 0].clone(), tokens_BT[:, 1], tokens_BT[:, 2].int()):
+            expected = plain.step(tokens_B.long(), caches[0])
+            torch.testing.assert_close(compiled.step(tokens_B, caches[1]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_laid_out_otherwise_has_a_graph_of_its_own() -> None:
+    model, counter = build(n_layer=1), CompileCounter()
+    model.compile_decoding(backend=counter)
+    cache = model.new_cache(2, 40)
+    model.step(torch.ones(2).long(), cache)
+    for state in cache.states:
+        assert isinstance(state, KVCache)
+        state.k_BHSE = state.k_BHSE.mT.contiguous().mT
+    model.step(torch.ones(2).long(), cache)
+    assert counter.frame_count == 2
+
+
+def test_as_many_tokens_as_rows_are_asked_for() -> None:
+    model = build(n_layer=1)
+    model.compile_decoding(backend="eager")
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match=f"there are 3 tokens and the cache has {rows} rows"):
+            model.step(torch.ones(3).long(), model.new_cache(rows, 40))
+
+
+@pytest.mark.parametrize("stays", ["in place", "replaced"])
+def test_a_model_that_is_gone_leaves_nothing(stays: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if stays == "replaced":
+        monkeypatch.setattr(KVCache, "update", replacing(KVCache.update))
+    model = build(n_layer=1)
+    model.compile_decoding(backend="eager")
+    logits_of(model, 1, 3)
+    left = [weakref.ref(model), weakref.ref(model.embed_tokens.weight)]
+    del model
+    gc.collect()
+    assert [one() for one in left] == [None, None]
+
+
+def test_what_changes_an_adapter_changes_the_graph() -> None:
+    plain, compiled = build(n_layer=1), build(n_layer=1)
+    compiled.compile_decoding(backend="eager")
+    modules = []
+    for model in (plain, compiled):
+        module = torch.nn.Linear(32, up_of(model).out_features).requires_grad_(False)
+        module.load_state_dict({name: torch.ones_like(x) for name, x in module.state_dict().items()})
+        Attached(model, module).linear(up_of(model), lambda x, y, module=module: y + module(x))  # type: ignore[misc]
+        modules.append(module)
+    seen = [logits_of(compiled, 1, 2)]
+    for module in modules:
+        module.weight = torch.nn.Parameter(3 * module.weight, requires_grad=False)
+    seen.append(logits_of(compiled, 1, 2))
+    torch.testing.assert_close(seen[1], logits_of(plain, 1, 2), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*seen)
 
 
 def test_a_full_cache_is_told_in_one_line() -> None:

@@ -79,7 +79,9 @@ def test_damage_stays_in_its_row_and_shows(form: str, bad: float) -> None:
 
 def test_rows_of_nothing_give_nothing() -> None:
     x = torch.zeros(2, 64)
-    assert not few_rows(x, torch.ones(3, 64, dtype=torch.int8), torch.ones(3)).any()
+    w = torch.ones(3, 64, dtype=torch.int8)
+    assert not few_rows(x, w, torch.ones(3)).any()
+    assert few_rows(x + 1e-38, w, torch.ones(3)).abs().max() < 1e-36  # 64 of them; their reciprocal is no number
 
 
 def few_rows_int4(x: torch.Tensor, layers: list[Int4Linear]) -> torch.Tensor:
@@ -129,8 +131,9 @@ def test_what_it_cannot_multiply_by_4_bits_is_refused(change: dict[str, object],
         torch.ops.sky.few_rows_int4(*given.values())
 
 
-def test_rows_of_bf16_are_summed_in_fp32_and_rounded_once() -> None:
-    x, w = torch.randn(3, 700).bfloat16(), torch.randn(9, 700).bfloat16()
+@pytest.mark.parametrize("rows", range(1, native.MOST_ROWS + 1))
+def test_rows_of_bf16_are_summed_in_fp32_and_rounded_once(rows: int) -> None:
+    x, w = torch.randn(rows, 700).bfloat16(), torch.randn(9, 700).bfloat16()
     exact = (x.double() @ w.double().T).bfloat16()
     torch.testing.assert_close(few_rows(x, w), exact, rtol=2**-7, atol=1e-3)
     assert few_rows(x, w).dtype == torch.bfloat16

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class LayerCache(ABC):
-    """The state of one layer: a flat collection of tensors, each with the batch as its first dimension."""
+    """The state of one layer: a flat collection of tensors, each with the batch as its first dimension.
+
+    What else it holds (numbers, flags) must not change: compiled decoding takes that as it is at its first step.
+    """
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

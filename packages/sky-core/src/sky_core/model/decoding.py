@@ -58,10 +58,10 @@ class CompiledStep:
     """`logits_BV = step(tokens_B, cache)`, which takes the tokens into the cache, as a compiled graph.
 
     `logits_of(ctx)` is `model`: logits_BV of a context of one token per row. Weights may change. When modules or
-    parameters are replaced, hooked (adapters), cast or put into another mode, the next step compiles anew; what else a
-    module is made of (numbers, flags) is taken as it is at the first step of each shape. `backend` is one of torch's
-    (a name or a function) and `options` are its (default: inductor with ours). Raises `UserError` for a model that is
-    not one graph.
+    parameters of it or of its adapters are replaced, hooked, cast or put into another mode, the next step compiles
+    anew; what else a module is made of (numbers, flags, other views of the same storage) is taken as it is at the first
+    step of each shape. `backend` is one of torch's (a name or a function) and `options` are its (default: inductor with
+    ours). Raises `UserError` for a model that is not one graph.
     """
 
     def __init__(
@@ -82,10 +82,13 @@ class CompiledStep:
 
     def __call__(self, tokens_B: torch.Tensor, cache: Cache, idle: int = 0) -> torch.Tensor:
         """What comes of the last `idle` rows means nothing: no `end` is chosen for them."""
-        cache.check_room(1)
         rows, device = len(tokens_B), tokens_B.device.type
+        if rows != len(cache.lengths):
+            raise ValueError(f"there are {rows} tokens and the cache has {len(cache.lengths)} rows")
+        cache.check_room(1)
         longest = max(cache.lengths[: rows - idle])
         end = min((longest // SLOTS + 1) * SLOTS, cache.max_length)
+        tokens_B1 = tokens_B.to(torch.int64).contiguous()[:, None]
         slots_B1 = torch.tensor(cache.lengths, device=tokens_B.device)[:, None]
         tensors = cache.tensors()
         if self._compiled is None or self._changed() or len(self._storages) > STORAGES:
@@ -97,11 +100,11 @@ class CompiledStep:
             torch.compiler.cudagraph_mark_step_begin()
         precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), precision)
-        key = (device, rows, end, cache.max_length, *modes, *map(attrgetter("dtype"), tensors))
+        key = (device, rows, end, *modes, *(kind for x in tensors for kind in (x.dtype, x.shape, x.stride())))
         if key not in self._graphs:
             log.info("compiling a decoding step of %d rows over %d slots", rows, end)
             self._graphs[key] = _Graph(self._logits_of, end, self._backend, self._options)
-        logits_BV = self._graphs[key](tokens_B[:, None], slots_B1, cache, tensors)
+        logits_BV = self._graphs[key](tokens_B1, slots_B1, cache, tensors)
         cache.advance([1] * rows)
         return logits_BV.clone() if device == "cuda" else logits_BV  # whose memory the next step writes
 
@@ -114,12 +117,13 @@ class CompiledStep:
         """Forget what was compiled, if anything."""
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._storages: set[tuple[int, ...]] = set()
-        self._modules = list(self._model.modules())
+        parts = [self._model, *(attached.module for attached in getattr(self._model, "adapters", ()))]
+        self._modules = [one for part in parts for one in part.modules()]
         self._hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._tables = [
             table for one in self._modules for table in (one._modules, one._parameters, one._buffers) if table
         ]
-        self._tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
         self._compiled, self._kinds, self._pointers = (
             self._parts(),
             self._kinds_of_tensors(),
@@ -158,16 +162,15 @@ class _Graph:
     def __init__(
         self, logits_of: LogitsOf, end: int, backend: str | Callable[..., Any], options: dict[str, Any] | None
     ) -> None:
-        self._logits_of, self._end, self._backend, self._options = logits_of, end, backend, options
+        self._logits_of, self._end, self._backend = logits_of, end, _Backend(backend, options)
         # torch looks graphs up by code object, and gives up where one has many: each graph has its own.
         own = FunctionType(_step.__code__.replace(), _step.__globals__)
         weakref.finalize(own, torch._dynamo.reset_code, own.__code__).atexit = False
-        self._step = torch.compile(own, dynamic=False, fullgraph=True, backend=self._compile)
+        self._step = torch.compile(own, dynamic=False, fullgraph=True, backend=self._backend)
         self._run: Callable[..., Any] | None = None
         """What the backend made, where it can be called directly."""
-        self._inputs: list[Any] = []
+        self._inputs: list[torch.Tensor | None] = []
         """Its inputs, None for those that are of one step."""
-        self._outputs: Sequence[Any] = ()
         self._places: list[tuple[int, int]] = []
         """(index among tokens, slots and the cache's tensors, index among the inputs)."""
 
@@ -177,10 +180,10 @@ class _Graph:
         """logits_BV; `tensors` are those of the cache."""
         given = (tokens_B1, slots_B1, *tensors)
         if self._run is not None:
-            inputs = self._inputs.copy()
+            now = self._inputs.copy()
             for i, place in self._places:
-                inputs[place] = given[i]
-            logits_BV: torch.Tensor = self._run(*inputs)[0]
+                now[place] = given[i]
+            logits_BV: torch.Tensor = self._run(*now)[0]
             return logits_BV
         few = tokens_B1.device.type == "cpu" and len(tokens_B1) <= native.MOST_ROWS and native.load()
         try:
@@ -188,32 +191,44 @@ class _Graph:
         except torch._dynamo.exc.Unsupported as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"this model is not one graph ({reason}): decode without compiling") from error
+        made, inputs, outputs = self._backend.take()
         # A state that a step replaces by another (recurrent memories) is set by torch, around the graph.
         in_place = all(now is then for now, then in zip(cache.tensors(), tensors, strict=True))
-        if in_place and logits_BV is self._outputs[0]:
+        if in_place and logits_BV is outputs[0]:
             index = {id(tensor): i for i, tensor in enumerate(given)}
-            self._places = [(index[id(x)], place) for place, x in enumerate(self._inputs) if id(x) in index]
-            for _, place in self._places:
-                self._inputs[place] = None
-            self._run = self._made
-        self._outputs = ()
+            self._places = [(index[id(x)], place) for place, x in enumerate(inputs) if id(x) in index]
+            self._inputs = [None if id(x) in index else x for x in inputs]
+            self._run = made
         return logits_BV
 
-    def _compile(self, graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
-        """What stands for `backend`: it, seen at its first call."""
-        options = self._options
-        if options is None and self._backend == "inductor":
-            options = _options(examples[0].device.type)
-        name = "config_patches" if self._backend == "inductor" else "options"
-        self._made = torch._dynamo.lookup_backend(self._backend)(
-            graph, examples, **({name: options} if options else {})
-        )
+
+class _Backend:
+    """A backend, seen at work. It knows nothing of the model, because torch keeps it for as long as the code is there,
+    which is as long as a `_Graph` is."""
+
+    def __init__(self, backend: str | Callable[..., Any], options: dict[str, Any] | None) -> None:
+        self._backend, self._options = backend, options
+        self._made: Callable[..., Any] | None = None
+        self._inputs: Sequence[Any] = ()
+        self._outputs: Sequence[Any] = ()
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
+        inductor = self._backend == "inductor"
+        options = _options(examples[0].device.type) if inductor and self._options is None else self._options
+        given = {"config_patches" if inductor else "options": options} if options else {}
+        made = self._made = torch._dynamo.lookup_backend(self._backend)(graph, examples, **given)
 
         def run(*inputs: Any) -> Any:
-            self._inputs, self._outputs = list(inputs), self._made(*inputs)
+            self._inputs, self._outputs = inputs, made(*inputs)
             return self._outputs
 
         return run
+
+    def take(self) -> tuple[Callable[..., Any], Sequence[Any], Sequence[Any]]:
+        """What was made, the inputs and the outputs of its last call, which are kept no longer."""
+        assert self._made is not None
+        inputs, outputs, self._inputs, self._outputs = self._inputs, self._outputs, (), ()
+        return self._made, inputs, outputs
 
 
 def _options(device: str) -> dict[str, Any]:
@@ -226,8 +241,7 @@ def _options(device: str) -> dict[str, Any]:
         "cpp_wrapper": True,
         "post_grad_custom_pre_pass": Join(),
         "cpp.min_chunk_size": 2**12,  # numbers that are worth a thread
-        "size_asserts": False,  # 0.2 ms; `CompiledStep._changed` has asked
-        "alignment_asserts": False,
+        "size_asserts": False,  # 0.2 ms; `CompiledStep` has asked
     }
 
 

@@ -48,7 +48,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _int8(x_MK: torch.Tensor, weight_NK: torch.Tensor, scales_N: torch.Tensor) -> torch.Tensor | None:
-    return torch.ops.sky.few_rows(x_MK, [weight_NK], [scales_N]) if len(x_MK) <= native.MOST_ROWS else None
+    return torch.ops.sky.few_rows(x_MK, [weight_NK], [scales_N]) if len(x_MK) <= native.int8_rows else None
 
 
 def _int4(x_MK: torch.Tensor, codes: torch.Tensor, group: int, scales_gN2: torch.Tensor) -> torch.Tensor | None:
@@ -99,7 +99,14 @@ class Join(CustomGraphPass):
         for node in graph.nodes:
             if str(node.target) in JOINED and all(w.op == "placeholder" for tensors in node.args[1:3] for w in tensors):
                 x, first = node.args[0], node.args[1][0].meta["val"]
-                alike = (node.target, _viewed(x), tuple(x.meta["val"].shape), first.dtype, node.args[3:])
+                alike = (
+                    node.target,
+                    _viewed(x),
+                    tuple(x.meta["val"].shape),
+                    first.dtype,
+                    bool(node.args[2]),
+                    node.args[3:],
+                )
                 groups.setdefault(alike, []).append(node)
         for nodes in groups.values():
             if len(nodes) > 1:

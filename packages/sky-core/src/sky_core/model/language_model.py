@@ -85,7 +85,8 @@ class LanguageModel(nn.Module, ABC):
     def compile_decoding(self, **options: Any) -> None:
         """Compile `step`: seconds to a minute at its first use, a fraction of the time of each token from then on.
 
-        `options` are `backend` and `options` as `torch.compile` takes them. Raises `UserError` where a model cannot.
+        `options` are `backend` and its `options` as `torch.compile` takes them (inductor's by their own names). Raises
+        `UserError` where a model cannot.
         """
         raise UserError(f"{type(self).__name__} has no compiled decoding")
 

@@ -40,6 +40,8 @@ FLASH_STEP = 16
 
 has_flash = False
 """Whether `torch.ops.sky.flash` is there."""
+int8_rows = 2
+"""Most rows for which `few_rows` beats torch's kernel for int8: all of them with VNNI."""
 has_int4 = False
 """Whether `torch.ops.sky.few_rows_int4` is there."""
 
@@ -47,7 +49,7 @@ has_int4 = False
 @cache
 def load() -> bool:
     """Register the operators; false, and one warning, where they cannot be compiled."""
-    global has_flash, has_int4
+    global has_flash, has_int4, int8_rows
     try:
         torch.ops.load_library(str(library()))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -56,6 +58,8 @@ def load() -> bool:
         return False
     torch.library.register_fake("sky::few_rows", _few_rows)
     torch.library.register_fake("sky::few_queries", _few_queries)
+    if has("avx512_vnni"):
+        int8_rows = MOST_ROWS
     if has("avx512_vnni", "avx512_vbmi"):
         torch.library.register_fake("sky::few_rows_int4", _few_rows)
         has_int4 = True
@@ -67,9 +71,8 @@ def load() -> bool:
     missing = [
         what for what, there in (("int4", has_int4), ("bf16 attention of whole sequences", has_flash)) if not there
     ]
-    log.info(
-        "native operators: %s", f"all but {', '.join(missing)} (this CPU lacks the instructions)" if missing else "all"
-    )
+    why = "this CPU lacks the instructions, or torch does not know"
+    log.info("native operators: %s", f"all but {', '.join(missing)} ({why})" if missing else "all")
     return True
 
 

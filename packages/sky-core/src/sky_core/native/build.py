@@ -37,7 +37,11 @@ def has(*extensions: str) -> bool:
     """Whether this CPU has all of these `EXTENSIONS`, as far as torch can tell."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if hasattr(torch.cpu, "get_capabilities"):
+        known = torch.cpu.get_capabilities()
+    else:
+        asked = {"avx512_bf16": "_is_avx512_bf16_supported", "avx512_vnni": "_is_vnni_supported"}
+        known = {name: getattr(torch.cpu, function, bool)() for name, function in asked.items()}
     return all(known.get(extension, False) for extension in extensions)
 
 

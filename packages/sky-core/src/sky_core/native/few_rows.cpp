@@ -141,7 +141,8 @@ void product(const Matrices& matrices, int64_t rows, const Input* x_MK, const fl
   if constexpr (M < MOST_ROWS) {
     if (rows > M) return product<M + 1, Weight>(matrices, rows, x_MK, steps_M, y_MS);
   }
-  const auto& [w, scales, K, S] = matrices;
+  const at::TensorList w = matrices.w;
+  const int64_t K = matrices.K;
   constexpr int BLOCK = std::max(1, LANES / M);
   std::vector<int64_t> counts, columns{0};
   for (const at::Tensor& one : w) {
@@ -149,9 +150,9 @@ void product(const Matrices& matrices, int64_t rows, const Input* x_MK, const fl
     columns.push_back(columns.back() + one.size(0));
   }
   in_parallel(counts, GRAIN / (K * BLOCK), [&](size_t i, int64_t begin, int64_t end) {
-    const float* factors = scales.empty() ? nullptr : scales[i].data();
+    const float* factors = matrices.scales.empty() ? nullptr : matrices.scales[i].data();
     multiply<M>(w[i].const_data_ptr<Weight>(), factors, begin * BLOCK, std::min(end * BLOCK, w[i].size(0)), x_MK,
-                steps_M, K, y_MS + columns[i], S);
+                steps_M, K, y_MS + columns[i], matrices.S);
   });
 }
 

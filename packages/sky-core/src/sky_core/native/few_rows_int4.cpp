@@ -28,6 +28,7 @@ using namespace sky;
 
 constexpr int PANEL = 64, QUARTERS = PANEL / LANES, NEIGHBOURS = 4;
 constexpr int64_t GRAIN = 1 << 15;  // weights that are worth a thread
+constexpr int64_t MOST = 4096;      // features of a group: 15 * 32767 times as many fit 32 bits
 
 // x in whole numbers, taken apart: h, l and, for each group, X.
 struct Halves {
@@ -146,7 +147,7 @@ at::Tensor few_rows_int4(const at::Tensor& x, at::TensorList codes, at::TensorLi
   TORCH_CHECK(x.dim() >= 1 && !codes.empty(), "x has no features, or there are no codes");
   const int64_t K = x.size(-1), M = x.numel() / std::max<int64_t>(1, K);
   TORCH_CHECK(M >= 1 && M <= MOST_ROWS, "x has ", M, " rows, not 1 to ", MOST_ROWS);
-  TORCH_CHECK(group > 0 && group % NEIGHBOURS == 0 && K % group == 0, "groups of ", group, " in ", K, " features");
+  TORCH_CHECK(group > 0 && group <= MOST && group % NEIGHBOURS == 0 && K % group == 0, "groups of ", group, " in ", K, " features");
   TORCH_CHECK(scales.size() == codes.size(), scales.size(), " scales for ", codes.size(), " matrices");
   int64_t S = 0;
   for (size_t i = 0; i < codes.size(); i++) {

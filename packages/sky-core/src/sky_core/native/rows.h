@@ -32,7 +32,8 @@ inline std::vector<float> in_fp32(const at::Tensor& x) {
 }
 
 #ifdef __AVX512VNNI__
-// x_mk ≈ steps_m whole_mk with whole numbers of 16 bits: steps_m = max_k |x_mk| / 32767, NaN where x_m is not finite.
+// x_mk ≈ steps_m whole_mk with whole numbers of 16 bits: steps_m = max_k |x_mk| / 32767, NaN where x_m is not finite, 0
+// where it is nothing (or so small that its reciprocal is no number).
 struct Whole {
   std::vector<int16_t> x_MK;
   std::vector<float> steps_M;
@@ -48,8 +49,9 @@ struct Whole {
         largest = at::vec::maximum(largest, Floats(_mm512_maskz_loadu_ps(here(k), from_K + k)).abs());
       const float size = at::vec::vec_reduce_all<float>(
           [](const Floats& a, const Floats& b) { return at::vec::maximum(a, b); }, largest);
-      steps_M[m] = std::isfinite(size) ? size / most : std::numeric_limits<float>::quiet_NaN();
-      if (!(steps_M[m] > 0)) continue;
+      if (!std::isfinite(size)) steps_M[m] = std::numeric_limits<float>::quiet_NaN();
+      if (!std::isfinite(size) || !std::isfinite(most / size)) continue;
+      steps_M[m] = size / most;
       const __m512 factor = _mm512_set1_ps(most / size);
       for (int64_t k = 0; k < K; k += LANES) {
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(here(k), from_K + k), factor);

@@ -93,7 +93,6 @@ class Ours(Contender):
         """
         generator = torch.Generator().manual_seed(3)
         with torch.inference_mode():
-            # Made in here and contiguous for each step, as in a `Generator`: else graphs of their own serve them.
             tokens_TB = torch.randint(self.vocab_size, (length, rows), generator=generator).to(self.device)
             ends_B1 = prompt - torch.arange(rows, device=self.device)[:, None] % prompt  # rows of several lengths
             valid_BT = torch.arange(prompt, device=self.device) < ends_B1
