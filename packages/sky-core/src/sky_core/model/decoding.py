@@ -87,7 +87,7 @@ class CompiledStep:
             raise ValueError(f"there are {rows} tokens and the cache has {len(cache.lengths)} rows")
         cache.check_room(1)
         longest = max(cache.lengths[: rows - idle])
-        end = min((longest // SLOTS + 1) * SLOTS, cache.max_length)
+        end = min(self.room_for(longest + 1), cache.max_length)
         tokens_B1 = tokens_B.to(torch.int64).contiguous()[:, None]
         slots_B1 = torch.tensor(cache.lengths, device=tokens_B.device)[:, None]
         tensors = cache.tensors()
